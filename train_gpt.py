@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Train a small GPT for ten minutes, squeeze it into 16,000,000 bytes, and score it in bits per byte.
+"""Train a small GPT for ten minutes, squeeze it into 16,000,000 bytes, and score it in bits per
+byte.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition, on 8xH100
     python train_gpt.py                                      # one GPU, or a laptop: same code path
-    python train_gpt.py --help                               # every setting, with no GPU and no data
+    python train_gpt.py --help                               # every setting, with no GPU and no
+    data
 
-Every setting is an environment variable. The file reads in the order the program runs: Configuration,
-Runtime, Data, Model, Optimizer, Training, Quantization, Artifact, Evaluation, Main. Importing it does
-nothing; torch and numpy are enough to import it.
+Every setting is an environment variable. The file reads in the order the program runs:
+Configuration, Runtime, Data, Model, Optimizer, Training, Quantization, Artifact, Evaluation, Main.
+Importing it does nothing; torch and numpy are enough to import it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 # 1  Configuration
 # A setting is one line of Config; its environment variable is the field's name in capitals. All
-# problems are found before anything is loaded, and reported together. The defaults are system #1493.
+# problems are found before anything is loaded, and reported together. The defaults are system
+# #1493.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -78,7 +81,8 @@ def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -
         sentence: what it sets; its unit in brackets.
         low, high: inclusive range of a number.
         choices: allowed values of a string.
-        model: True if a stored model cannot be rebuilt without it; such settings travel in the artifact.
+        model: True if a stored model cannot be rebuilt without it; such settings travel in the
+        artifact.
     """
     return field(
         default=default,
@@ -96,16 +100,13 @@ class Config:
     log_dir: str = knob("logs", "folder of the run's log, JSON and artifact")
     smoke: str = knob(
         "auto",
-        "small run on the embedded sample; auto: where there is no CUDA device "
-        "and neither a data path nor a size is set",
+        "small run on the embedded sample; auto: without a GPU, unless a data path or size is set",
         choices=("auto", "0", "1"),
     )
-    compile: str = knob(
-        "auto", "torch.compile the model; auto: on CUDA", choices=("auto", "0", "1")
-    )
+    compile: str = knob("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
     compute_dtype: str = knob(
         "auto",
-        "type of the activations; auto: bfloat16 on CUDA, else float32",
+        "type of activations; auto: bfloat16 on CUDA, else float32",
         choices=("auto", "bfloat16", "float32"),
     )
     attention: str = knob(
@@ -115,18 +116,12 @@ class Config:
     )
     artifact: str = knob("", "score this artifact instead of training one")
     checkpoint: str = knob("", "quantize and score this checkpoint instead of training")
-    save_checkpoint: bool = knob(
-        False, "keep the float32 weights beside the artifact, for CHECKPOINT"
-    )
+    save_checkpoint: bool = knob(False, "keep the float32 weights too, for CHECKPOINT")
     # Data
     data_dir: str = knob("./data", "folder that holds datasets/ and tokenizers/")
-    data_path: str = knob(
-        "", "folder of the token shards; empty: the one of VOCAB_SIZE in DATA_DIR"
-    )
+    data_path: str = knob("", "folder of the shards; empty: the one of VOCAB_SIZE in DATA_DIR")
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one of VOCAB_SIZE in DATA_DIR")
-    val_tokens: int = knob(
-        0, "score only the first so many validation targets, 0: all [tokens]", low=0
-    )
+    val_tokens: int = knob(0, "score only so many validation targets, 0: all [tokens]", low=0)
     # Model
     vocab_size: int = knob(8192, "tokens in the vocabulary", low=8, high=65536, model=True)
     num_layers: int = knob(11, "physical layers", low=1, high=256, model=True)
@@ -134,14 +129,9 @@ class Config:
     num_heads: int = knob(8, "query heads", low=1, model=True)
     num_kv_heads: int = knob(4, "key and value heads; divides NUM_HEADS", low=1, model=True)
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", low=0.25, model=True)
-    xsa_last_n: int = knob(
-        11, "last so many layers with exclusive self attention", low=0, model=True
-    )
+    xsa_last_n: int = knob(11, "so many last layers have XSA", low=0, model=True)
     parallel_residual_start: int = knob(
-        7,
-        "first layer whose attention and MLP read the same input; NUM_LAYERS: none",
-        low=0,
-        model=True,
+        7, "first layer in parallel form; NUM_LAYERS: none", low=0, model=True
     )
     loop_start: int = knob(3, "first layer of the loop", low=0, model=True)
     loop_end: int = knob(5, "last layer of the loop", low=0, model=True)
@@ -149,40 +139,28 @@ class Config:
     rope_base: float = knob(10000.0, "base of the rotary frequencies", low=1.0, model=True)
     rope_dims: int = knob(16, "dimensions of a head that are rotated; even", low=2, model=True)
     rope_train_seq_len: int = knob(
-        2048, "longest text that needs no NTK rescale of ROPE_BASE [tokens]", low=1, model=True
+        2048, "longest text without NTK rescale [tokens]", low=1, model=True
     )
-    logit_softcap: float = knob(
-        30.0, "logits are capped smoothly at plus or minus this", low=1.0, model=True
-    )
+    logit_softcap: float = knob(30.0, "logits stay within plus or minus this", low=1.0, model=True)
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", low=0.0)
     # Training
     iterations: int = knob(20000, "steps at most", low=1)
     max_wallclock_seconds: float = knob(
-        600.0, "time for training and all that reads training data, 0: no limit [s]", low=0.0
+        600.0, "limit of training and calibration, 0: none [s]", low=0.0
     )
-    gptq_reserve_seconds: float = knob(
-        12.0, "part of MAX_WALLCLOCK_SECONDS kept for calibration [s]", low=0.0
-    )
+    gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
     micro_batch_tokens: int = knob(
-        98304, "tokens of one forward on one device, at most [tokens]", low=1
+        98304, "most tokens of one forward on one device [tokens]", low=1
     )
-    warmup_steps: int = knob(
-        20, "steps per depth plan before the clock starts, undone afterwards", low=0
-    )
-    warmdown_frac: float = knob(
-        0.72, "last part of training in which learning rates fall", low=0.0, high=1.0
-    )
+    warmup_steps: int = knob(20, "steps per depth plan before the clock, undone", low=0)
+    warmdown_frac: float = knob(0.72, "part of training in which rates fall", low=0.0, high=1.0)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", low=0.0, high=1.0)
-    enable_looping_at: float = knob(
-        0.35, "part of training after which the loop is on", low=0.0, high=1.0
-    )
+    enable_looping_at: float = knob(0.35, "part of training before the loop", low=0.0, high=1.0)
     ema_decay: float = knob(0.9965, "decay of the weight average, each step", low=0.0, high=1.0)
-    grad_clip_norm: float = knob(
-        0.3, "largest global norm of the gradient, 0: no clipping", low=0.0
-    )
+    grad_clip_norm: float = knob(0.3, "largest norm of the gradient, 0: any", low=0.0)
     train_log_every: int = knob(500, "steps between two lines of the training log", low=1)
     val_loss_every: int = knob(4000, "steps between two validations, 0: none", low=0)
     # Optimizer
@@ -201,20 +179,16 @@ class Config:
     beta2: float = knob(0.95, "AdamW's second beta", low=0.0, high=1.0)
     adam_eps: float = knob(1e-8, "AdamW's epsilon", low=0.0)
     # Quantization and artifact
-    gptq_calibration_batches: int = knob(
-        64, "calibration batches, each an eighth of TRAIN_BATCH_TOKENS", low=1
-    )
+    gptq_calibration_batches: int = knob(64, "batches, each an eighth of TRAIN_BATCH_TOKENS", low=1)
     matrix_bits: int = knob(6, "width of a matrix entry [bits]", low=2, high=8)
     matrix_clip_sigmas: float = knob(
-        12.85, "half the range of a matrix row, in its standard deviations", low=0.1
+        12.85, "half the range of a row, in its standard deviations", low=0.1
     )
     embed_bits: int = knob(8, "width of an embedding entry [bits]", low=2, high=8)
     embed_clip_sigmas: float = knob(
-        20.0, "half the range of an embedding row, in its standard deviations", low=0.1
+        20.0, "half the range of a row, in its standard deviations", low=0.1
     )
-    compressor: str = knob(
-        "brotli", "last stage of the artifact", choices=("brotli", "zstd", "lzma")
-    )
+    compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
     max_total_bytes: int = knob(16_000_000, "limit of code and artifact together [bytes]", low=1)
     # Evaluation
     eval_seq_len: int = knob(2048, "length of a scoring window [tokens]", low=2)
@@ -227,7 +201,7 @@ class Config:
     ttt_grad_clip: float = knob(1.0, "largest gradient norm of test-time training", low=0.0)
     ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
     eval_wallclock_seconds: float = knob(
-        600.0, "time from reading the artifact to the last score, 0: no limit [s]", low=0.0
+        600.0, "limit from reading the artifact to the last score, 0: none [s]", low=0.0
     )
     # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -275,61 +249,38 @@ class Config:
 
     def conflicts(self, world_size: int = 1) -> list[str]:
         """Rules between settings that this configuration breaks, one readable line each."""
-        head_dim = self.model_dim // self.num_heads
-        rows, ranks = self.train_batch_tokens // self.train_seq_len, world_size
-        rules = [
-            (
-                self.model_dim % self.num_heads == 0,
-                f"MODEL_DIM={self.model_dim}: expected a multiple of NUM_HEADS={self.num_heads}",
-            ),
-            (
-                self.num_heads % self.num_kv_heads == 0,
-                f"NUM_HEADS={self.num_heads}: expected a multiple of NUM_KV_HEADS={self.num_kv_heads}",
-            ),
-            (
-                self.rope_dims % 2 == 0 and self.rope_dims <= head_dim,
-                f"ROPE_DIMS={self.rope_dims}: expected an even number up to the head width {head_dim}",
-            ),
-            (
-                self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-                f"LOOP_START={self.loop_start}, LOOP_END={self.loop_end}: expected a range of the "
-                f"{self.num_layers} layers; NUM_LOOPS=0 turns the loop off",
-            ),
-            (
-                self.train_batch_tokens % self.train_seq_len == 0 and rows % ranks == 0,
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: expected whole sequences of TRAIN_SEQ_LEN="
-                f"{self.train_seq_len}, as many for each of the {ranks} ranks",
-            ),
-            (
-                self.micro_batch_tokens >= max(self.train_seq_len, self.eval_seq_len),
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}: expected room for one sequence of "
-                f"TRAIN_SEQ_LEN={self.train_seq_len} and EVAL_SEQ_LEN={self.eval_seq_len}",
-            ),
-            (
-                self.eval_stride <= self.eval_seq_len,
-                f"EVAL_STRIDE={self.eval_stride}: expected at most EVAL_SEQ_LEN={self.eval_seq_len}",
-            ),
-            (
-                not self.ttt_enabled or self.ttt_chunk_tokens >= self.eval_seq_len,
-                f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}: expected at least EVAL_SEQ_LEN="
-                f"{self.eval_seq_len}",
-            ),
-            (
-                not self.max_wallclock_seconds
-                or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-                f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds}: expected less than "
-                f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds}",
-            ),
-            (
-                not (self.artifact and self.checkpoint),
-                "ARTIFACT and CHECKPOINT: expected one of them, a run starts from one file",
-            ),
-            (
-                re.fullmatch(r"[\w.+=-]*", self.run_id),
-                f"RUN_ID={self.run_id}: expected letters, digits and ._+=- for a file name",
-            ),
-        ]
-        return [problem for holds, problem in rules if not holds]
+        problems = []
+
+        def expect(setting: str, holds: bool, expected: str) -> None:
+            if not holds:
+                value = getattr(self, setting)
+                problems.append(f"{setting.upper()}={value}: expected {expected}")
+
+        heads, limit = self.num_heads, self.max_wallclock_seconds
+        head_dim = self.model_dim // heads
+        rows, rest = divmod(self.train_batch_tokens, self.train_seq_len)
+        longest = max(self.train_seq_len, self.eval_seq_len)
+        expect("model_dim", self.model_dim % heads == 0, f"a multiple of NUM_HEADS={heads}")
+        expect("num_kv_heads", heads % self.num_kv_heads == 0, f"a divisor of NUM_HEADS={heads}")
+        fits = self.rope_dims % 2 == 0 and self.rope_dims <= head_dim
+        expect("rope_dims", fits, f"an even number up to the head width {head_dim}")
+        if self.num_loops:
+            last = self.num_layers - 1
+            expect("loop_end", self.loop_end <= last, f"at most {last}; NUM_LOOPS=0: no loop")
+            expect("loop_start", self.loop_start <= self.loop_end, f"at most {self.loop_end}")
+        whole = rest == 0 and rows % world_size == 0
+        share = f"whole sequences of {self.train_seq_len}, equally many for {world_size} ranks"
+        expect("train_batch_tokens", whole, share)
+        expect("micro_batch_tokens", self.micro_batch_tokens >= longest, f"at least {longest}")
+        expect("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most {self.eval_seq_len}")
+        fits = not self.ttt_enabled or self.ttt_chunk_tokens >= self.eval_seq_len
+        expect("ttt_chunk_tokens", fits, f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
+        fits = not limit or self.gptq_reserve_seconds < limit
+        expect("gptq_reserve_seconds", fits, f"less than MAX_WALLCLOCK_SECONDS={limit:g}")
+        expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
+        name = re.fullmatch(r"[\w.+=-]*", self.run_id)
+        expect("run_id", bool(name), "letters, digits and ._+=- for a file name")
+        return problems
 
     @property
     def dataset_dir(self) -> Path:
@@ -403,19 +354,8 @@ SMOKE = dict(
     ttt_chunk_tokens=8192,
 )
 SMOKE_BLOCKERS = frozenset(
-    (
-        "data_dir",
-        "data_path",
-        "tokenizer_path",
-        "vocab_size",
-        "num_layers",
-        "model_dim",
-        "num_heads",
-        "num_kv_heads",
-        "mlp_mult",
-        "train_seq_len",
-        "train_batch_tokens",
-    )
+    "data_dir data_path tokenizer_path vocab_size num_layers model_dim num_heads num_kv_heads "
+    "mlp_mult train_seq_len train_batch_tokens".split()
 )
 # Two names for one setting, in use by different scripts of this field.
 ALIASES = {
@@ -430,26 +370,9 @@ RETIRED = {
     "MUON_BETA2": "it never had an effect; unset it",
 }
 # A variable that begins with one of these and is no setting must be a mistake.
-FAMILIES = (
-    "ADAM_",
-    "EMA_",
-    "EMBED_",
-    "EVAL_",
-    "GPTQ_",
-    "LOOP_",
-    "MATRIX_",
-    "MUON_",
-    "QK_",
-    "ROPE_",
-    "SCALAR_",
-    "SLIDING_",
-    "TIED_",
-    "TRAIN_",
-    "TTT_",
-    "VAL_",
-    "WARMDOWN_",
-    "WARMUP_",
-    "XSA_",
+FAMILIES = tuple(
+    "ADAM_ EMA_ EMBED_ EVAL_ GPTQ_ LOOP_ MATRIX_ MUON_ QK_ ROPE_ SCALAR_ SLIDING_ TIED_ TRAIN_ "
+    "TTT_ VAL_ WARMDOWN_ WARMUP_ XSA_".split()
 )
 
 
@@ -531,7 +454,8 @@ def help_text() -> str:
 # ---------------------------------------------------------------------------------------------
 # 2  Runtime
 # Ranks, device, clock and log. Only Runtime talks to torch.distributed, and every collective does
-# nothing on one rank, so that one process and many run the same lines. Every rank makes the same calls.
+# nothing on one rank, so that one process and many run the same lines. Every rank makes the same
+# calls.
 # ---------------------------------------------------------------------------------------------
 
 PEAK_BF16_FLOPS = {
@@ -643,7 +567,7 @@ class Runtime:
         return tensor.to(self.device, non_blocking=True).long()
 
     def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` items; parts differ by at most one item in size."""
+        """This rank's contiguous part of `count` items; parts differ by one item at most."""
         return slice(
             count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
         )
@@ -765,7 +689,7 @@ class Log:
         if enabled:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path("txt"), "x", encoding="utf-8")  # closed by __exit__
+                self.file = open(self.path("txt"), "x", encoding="utf-8")  # noqa: SIM115
             except FileExistsError as error:
                 raise ConfigError(
                     f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
@@ -802,7 +726,7 @@ class Log:
             atomic_write(self.path("json"), text.encode())
 
     def progress(self, label: str) -> Callable[..., None]:
-        """A function of (part done, note="") that shows, now and then, how far and how much longer."""
+        """A function of (part done, note="") that shows, now and then, how far and how long."""
         started = shown = time.monotonic()
 
         def show(part: float, note: str = "") -> None:
@@ -828,7 +752,8 @@ class Log:
 # 3  Data
 # A shard is 256 little-endian int32 words (magic, version, count, zeros) and then that many
 # little-endian uint16 token ids. The order of the training windows is a pure function of seed and
-# shards, the same for any number of ranks. Bytes are charged per target, once, here and nowhere else.
+# shards, the same for any number of ranks. Bytes are charged per target, once, here and nowhere
+# else.
 # ---------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -866,7 +791,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of one split (`train` or `val`) in a folder, in order. Raises DataError if none."""
+    """The shards of a split (`train` or `val`) in a folder, in order; DataError if none."""
     paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise DataError(f"{folder}: no fineweb_{split}_*.bin there; {GET_DATA}")
@@ -887,8 +812,8 @@ class Loader:
 
     Each epoch every shard gets a random phase, is cut into windows of `seq_len` inputs and one more
     target, and the windows of all shards are shuffled together. That is the distribution of "pick a
-    shard by its remaining windows, then one of them" (system #1493) without any state: window i is a
-    function of (seed, i), so going back to the start is asking for i = 0 again.
+    shard by its remaining windows, then one of them" (system #1493) without any state: window i is
+    a function of (seed, i), so going back to the start is asking for i = 0 again.
     """
 
     PREFETCH_STEPS = 3
@@ -906,7 +831,7 @@ class Loader:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 -- a run has one loader, and it lives as long as the run
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Phase of each shard, first window of each shard, and the shuffled order of all windows."""
+        """Phase and first window of each shard, and the shuffled order of all windows."""
         draw = np.random.default_rng([self.seed, number])
         spare = np.array([len(shard) - self.seq_len for shard in self.shards])
         phases = draw.integers(0, np.clip(spare, 1, self.seq_len))
@@ -933,7 +858,8 @@ class Loader:
         return out
 
     def batches(self, rt: Runtime, rows: int, first: int = 0) -> Iterator[Tensor]:
-        """This rank's part of step after step: (rows / world_size, seq_len + 1) int64 on the device.
+        """This rank's part of step after step: (rows / world_size, seq_len + 1) int64 on the
+        device.
 
         Args:
             rows: windows of one step over all ranks.
@@ -970,8 +896,8 @@ class ByteTable:
     def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
         """Read a SentencePiece model.
 
-        Raises: DataError if the file is missing, has another vocabulary, or would break the count: the
-        bytes charged for a document must be those of the text that its tokens decode to.
+        Raises: DataError if the file is missing, has another vocabulary, or would break the count:
+        the bytes charged for a document must be those of the text that its tokens decode to.
         """
         import sentencepiece
 
@@ -1036,12 +962,13 @@ class ByteTable:
                 )
 
     def charge(self, tokens: np.ndarray) -> np.ndarray:
-        """(n + 1,) token ids -> (n,) int16 bytes charged to tokens[1:], each after its predecessor."""
+        """(n + 1,) token ids -> (n,) int16 bytes charged to tokens[1:], in their context."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base_bytes[target] + (self.leading_space[target] & ~self.is_boundary[previous])
 
 
-# Short texts on which tokenizers of this field were miscounted: spaces of every kind at every place.
+# Short texts on which tokenizers of this field were miscounted: spaces of every kind at every
+# place.
 BYTE_PROBES = (
     " a",
     "a  b",
@@ -1059,7 +986,7 @@ BYTE_PROBES = (
 
 @dataclass(frozen=True)
 class ValidationTokens:
-    """The text that is scored: (n + 1,) uint16 tokens, and the bytes charged to each of n targets."""
+    """The text that is scored: (n + 1,) uint16 tokens, and the bytes of each of n targets."""
 
     tokens: np.ndarray
     target_bytes: np.ndarray
@@ -1072,8 +999,8 @@ class ValidationTokens:
         """Read the validation shards.
 
         Args:
-            seq_len: whole windows of it are kept, as published scores do; a shorter text is kept whole.
-            limit: keep only so many targets, 0: all.
+            seq_len: whole windows of it are kept, as published scores do; a shorter text is kept
+            whole. limit: keep only so many targets, 0: all.
         Raises: DataError for a bad shard, a foreign token or a text that does not open with BOS.
         """
         tokens = np.concatenate([read_shard(path) for path in paths])
@@ -1101,7 +1028,7 @@ class ValidationTokens:
 
 
 class Visit(NamedTuple):
-    """One visit of a layer. push: keep the output as a skip; pop: mix in skip row `pop` first, -1: none."""
+    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none."""
 
     layer: int
     push: bool
@@ -1110,7 +1037,7 @@ class Visit(NamedTuple):
 
 
 class DepthPlan(NamedTuple):
-    """The visits of one forward, in order. Immutable and hashable: a compiled graph for each plan."""
+    """The visits of one forward, in order. Immutable: one compiled graph for each plan."""
 
     visits: tuple[Visit, ...]
 
@@ -1130,8 +1057,8 @@ class DepthPlan(NamedTuple):
 def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
     """The wiring of system #1493, before (`looped=False`) or after recurrence starts.
 
-    The first half of the visits pushes its outputs, the second half pops them, last pushed first; so
-    the first skip popped is the running stream itself.
+    The first half of the visits pushes its outputs, the second half pops them, last pushed first;
+    so the first skip popped is the running stream itself.
     """
     order = list(range(cfg.num_layers))
     if looped and cfg.num_loops:
@@ -1210,8 +1137,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (length, 1, rope_dims / 2) float32.
 
-    Beyond ROPE_TRAIN_SEQ_LEN the base grows by (length / that)^(d / (d - 2)), d = ROPE_DIMS, so that
-    the slowest frequency sees the angles of training (NTK-aware scaling).
+    Beyond ROPE_TRAIN_SEQ_LEN the base grows by (length / that)^(d / (d - 2)), d = ROPE_DIMS, so
+    that the slowest frequency sees the angles of training (NTK-aware scaling).
     """
     dims, stretch = cfg.rope_dims, max(1.0, length / cfg.rope_train_seq_len)
     base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
@@ -1373,7 +1300,7 @@ class GPT(nn.Module):
         return losses if reduction == "mean" else losses.view_as(targets)
 
     def flops_per_token(self, plan: DepthPlan, length: int) -> float:
-        """Operations of a forward and backward per token: 6 per weight visited, causal attention."""
+        """Operations of a forward and backward per token: 6 per weight, causal attention."""
         cfg = self.cfg
         weights = (
             sum(
@@ -1389,8 +1316,8 @@ class GPT(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # 5  Optimizer
-# One table claims every tensor: optimizer group, quantizer and bits. Muon for matrices, AdamW for the
-# rest. The same classes serve one rank and many.
+# One table claims every tensor: optimizer group, quantizer and bits. Muon for matrices, AdamW for
+# the rest. The same classes serve one rank and many.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1456,9 +1383,10 @@ def newton_schulz(updates: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, with decoupled weight decay.
 
-    Matrices of one shape are orthogonalised as one batch; each rank takes its part of the batch, keeps
-    the momentum of that part only, and gathers the updates of the others. Gradients must already be
-    averaged over ranks. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system #1493).
+    Matrices of one shape are orthogonalised as one batch; each rank takes its part of the batch,
+    keeps the momentum of that part only, and gathers the updates of the others. Gradients must
+    already be averaged over ranks. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system
+    #1493).
     """
 
     def __init__(
@@ -1546,8 +1474,8 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 # ---------------------------------------------------------------------------------------------
 # 6  Training
-# Steps until the wall clock or ITERATIONS ends them. The clock is read once per step and agreed on by
-# all ranks, so learning rates, the start of recurrence and the end are the same everywhere.
+# Steps until the wall clock or ITERATIONS ends them. The clock is read once per step and agreed on
+# by all ranks, so learning rates, the start of recurrence and the end are the same everywhere.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1579,7 +1507,7 @@ class LossWatch:
         self.pending, self.value, self.last_finite = None, 0.0, math.nan
 
     def push(self, loss: Tensor | None) -> None:
-        """Take the newest loss (a scalar tensor; None after the last step) and read the one before."""
+        """Take the newest loss, () or None after the last step, and read the one before."""
         previous, self.pending = self.pending, None
         if loss is not None:
             host, event = loss.detach().to("cpu", non_blocking=True), None
@@ -1631,7 +1559,8 @@ def train_step(
     cfg: Config,
     rt: Runtime,
 ) -> Tensor:
-    """One optimizer step on this rank's windows (rows, T + 1); returns its part of the mean loss, ().
+    """One optimizer step on this rank's windows (rows, T + 1); returns its part of the mean loss,
+    ().
 
     Changes the model and the optimizers in place.
     """
@@ -1648,7 +1577,7 @@ def train_step(
 def apply_gradients(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
 ) -> None:
-    """Add the gradients of all ranks, clip them by their global norm (0: not), step, and drop them."""
+    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them."""
     params = list(model.parameters())
     for parameter in params:
         if parameter.grad is None:  # this rank had no text
@@ -1682,8 +1611,8 @@ def warm_up(
 ) -> None:
     """Run real steps of both depth plans, so that all is compiled before the clock, then undo them.
 
-    Nothing outlives it: the weights are put back, the optimizers are its own, the loader has no state,
-    and the random state is restored.
+    Nothing outlives it: the weights are put back, the optimizers are its own, the loader has no
+    state, and the random state is restored.
     """
     weights = copy.deepcopy(model.state_dict())
     rows = cfg.train_batch_tokens // cfg.train_seq_len
@@ -1714,7 +1643,7 @@ class StepLog:
     def __call__(
         self, step: int, seconds: float, frac: float, loss: Tensor, plan: DepthPlan
     ) -> None:
-        """`seconds` were agreed on before this step; `loss` is this rank's part of its mean loss."""
+        """`seconds` were agreed on before this step; `loss` is this rank's part of the mean."""
         cfg = self.cfg
         self.show(frac, f"step:{step}/{cfg.iterations}")
         if step > 5 and step % cfg.train_log_every:
@@ -1749,7 +1678,8 @@ def train(
 
     Args:
         forward: the model, perhaps compiled.
-        validate: called every VAL_LOSS_EVERY steps with the plan and a line prefix; it opens a phase of
+        validate: called every VAL_LOSS_EVERY steps with the plan and a line prefix; it opens a
+        phase of
             its own, so the clock of training stands still.
     Raises: DivergenceError on all ranks once the loss of any is not finite.
     """
@@ -1793,8 +1723,8 @@ def train(
 
 # ---------------------------------------------------------------------------------------------
 # 7  Quantization
-# GPTQ: round the columns of a matrix one after the other and let the later ones make up for the error
-# in the outputs. Hessians come from training text, inside the training budget.
+# GPTQ: round the columns of a matrix one after the other and let the later ones make up for the
+# error in the outputs. Hessians come from training text, inside the training budget.
 # ---------------------------------------------------------------------------------------------
 
 GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
@@ -1825,7 +1755,8 @@ def collect_hessians(
     log: Log,
     budget: Budget,
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of every Linear module: {module name: (inputs, inputs) float32}.
+    """Mean of x x^T over the inputs x of every Linear module: {module name: (inputs, inputs)
+    float32}.
 
     Args:
         first: training window with which calibration begins; the ranks share the windows.
@@ -1918,7 +1849,8 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, *, bits: int, clip_sigmas: fl
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper triangular U with U^T U = H^-1, of a positive definite H, without forming H^-1.
 
-    With both axes flipped the lower Cholesky factor of H becomes an upper R with H = R R^T, so U = R^-1.
+    With both axes flipped the lower Cholesky factor of H becomes an upper R with H = R R^T, so U =
+    R^-1.
     """
     r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(
@@ -1958,8 +1890,8 @@ def quantize_model(
 # ---------------------------------------------------------------------------------------------
 # 8  Artifact
 # Bytes on disk and back. A frame (magic, version, compressor, lengths, CRC of everything) holds one
-# compressed payload: a JSON header and raw streams. No pickle; equal weights give equal bytes; all is
-# checked before any of it is used.
+# compressed payload: a JSON header and raw streams. No pickle; equal weights give equal bytes; all
+# is checked before any of it is used.
 # ---------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
@@ -2033,7 +1965,7 @@ def unplanes(data: bytes, dtype: str) -> np.ndarray:
 
 
 def tensor_kind(stored: Quantized | Tensor) -> str:
-    """How a tensor is stored: ``int6`` (codes of 6 bits and row scales), ``float16`` or ``float32``."""
+    """How a tensor is stored: ``int6`` (codes and row scales), ``float16``, ``float32``."""
     if isinstance(stored, Quantized):
         return f"int{stored.bits}"
     return str(stored.dtype).removeprefix("torch.")
@@ -2078,8 +2010,8 @@ def pack(
 def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the float32 tensors of an artifact.
 
-    Raises: ArtifactError for anything but the bytes that `pack` made: every truncation, every flipped
-    bit, and a header that promises other streams than there are.
+    Raises: ArtifactError for anything but the bytes that `pack` made: every truncation, every
+    flipped bit, and a header that promises other streams than there are.
     """
     if len(blob) < FRAME.size or blob[:4] != ARTIFACT_MAGIC:
         raise ArtifactError(
@@ -2116,8 +2048,8 @@ def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[str, Tensor]:
     """The float32 tensors of a table [name, kind, shape] from the streams that `pack` laid out.
 
-    Raises: ValueError unless table and streams agree to the last byte, codes lie in their range and all
-    values are finite.
+    Raises: ValueError unless table and streams agree to the last byte, codes lie in their range and
+    all values are finite.
     """
     bits = {
         name: int(kind.removeprefix("int")) for name, kind, _ in table if kind.startswith("int")
@@ -2155,6 +2087,9 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
     return out
 
 
+FIT_ATTEMPTS = 8
+
+
 def fit_artifact(
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
@@ -2170,7 +2105,7 @@ def fit_artifact(
     Raises: ArtifactError if it cannot be made to fit.
     """
     coarser = 1.0
-    for attempt in range(8):
+    for _ in range(FIT_ATTEMPTS):
         with budget.phase("quantization"):
             tensors = quantize_model(weights, hessians, cfg, log, coarser)
         with budget.phase("compression"):
@@ -2185,7 +2120,7 @@ def fit_artifact(
         )
         coarser *= 2 ** min(0.002 + 1.05 * 8 * (len(blob) - limit) / codes, 1.0)
     raise ArtifactError(
-        f"artifact: {len(blob):,} bytes after {attempt + 1} attempts, expected at most "
+        f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
         f"{limit:,}; lower MATRIX_BITS or the size of the model"
     )
 
@@ -2203,10 +2138,11 @@ def log_storage(tensors: Mapping[str, Quantized | Tensor], log: Log) -> None:
 def load_model(
     blob: bytes, cfg: Config, rt: Runtime, origin: str
 ) -> tuple[GPT, Config, dict[str, Any]]:
-    """A fresh model from the bytes of an artifact or checkpoint: (model, its configuration, header).
+    """A fresh model from the bytes of an artifact or checkpoint: (model, its configuration,
+    header).
 
-    Raises: ArtifactError if the bytes or the tensors are not what they should be, ConfigError if the
-    environment asks for another model.
+    Raises: ArtifactError if the bytes or the tensors are not what they should be, ConfigError if
+    the environment asks for another model.
     """
     header, tensors = unpack(blob)
     settings = header.get("model")
@@ -2228,8 +2164,8 @@ def load_model(
 
 # ---------------------------------------------------------------------------------------------
 # 9  Evaluation
-# A window is (start, first_scored, stop). Windows of one evaluation score every target exactly once,
-# in order. Test-time training may use a target only after the window that scores it.
+# A window is (start, first_scored, stop). Windows of one evaluation score every target exactly
+# once, in order. Test-time training may use a target only after the window that scores it.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2247,8 +2183,8 @@ class Window(NamedTuple):
 def sliding_windows(total: int, seq_len: int, stride: int) -> Iterator[Window]:
     """Windows whose scored parts partition `total` targets, in order.
 
-    The first scores all it reads; each later one starts `stride` further and scores its last `stride`
-    targets. stride = seq_len is the plain evaluation.
+    The first scores all it reads; each later one starts `stride` further and scores its last
+    `stride` targets. stride = seq_len is the plain evaluation.
     """
     yield Window(0, 0, min(seq_len, total))
     for start in range(stride, total - seq_len + stride, stride):
@@ -2278,8 +2214,8 @@ class Score:
 class Ledger:
     """What was scored when: every target once, in order, and no text used before its score.
 
-    Attributes: nats, (total,) float32 losses by target; scored, how many are final; used, the ranges
-    of targets that an adaptation read.
+    Attributes: nats, (total,) float32 losses by target; scored, how many are final; used, the
+    ranges of targets that an adaptation read.
     """
 
     def __init__(self, total: int):
@@ -2368,7 +2304,8 @@ def evaluate(
     Args:
         stride: targets per window; EVAL_SEQ_LEN for the plain evaluation.
         show: progress, called with the part done.
-        after_chunk: called with (tokens of a chunk, its number, number of chunks) once all targets of
+        after_chunk: called with (tokens of a chunk, its number, number of chunks) once all targets
+        of
             the chunk are scored; it may change the model. Not called after the last chunk.
     """
     total, length = len(val.target_bytes), cfg.eval_seq_len
@@ -2419,7 +2356,8 @@ def adapt(
 class TestTimeTraining:
     """`after_chunk` of system #1493: SGD with momentum on all parameters, cosine over the chunks.
 
-    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS; then it only watches.
+    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS; then it only
+    watches.
     """
 
     def __init__(
@@ -2473,7 +2411,7 @@ BASELINE_MAX_BYTES = 4_000_000  # xz and brotli need seconds per megabyte
 
 
 def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> dict[str, float]:
-    """Bits per byte of general compressors on the text that is scored; empty if the text is large."""
+    """Bits per byte of general compressors on the scored text; empty if it is large."""
     if val.target_bytes.sum(dtype=np.int64) > BASELINE_MAX_BYTES:
         return {}
     text = "".join(decode_documents(val.tokens, tokenizer, bos)).encode()
@@ -2535,8 +2473,7 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
     facts = rt.describe()
     if "smoke" in cfg.sources.values():
         log.line(
-            "smoke: small run on the embedded sample; SMOKE=0, a data path or a size gives the full "
-            "scale"
+            "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
         )
     for warning in cfg.warnings:
         log.line(f"warning: {warning}")
@@ -2659,7 +2596,7 @@ def stage(
     budget: Budget,
     score: Callable[[Callable[..., None]], tuple[Score, Ledger]],
 ) -> Score:
-    """Time one evaluation and report it: the line that users look for, and its facts in the JSON."""
+    """Time an evaluation and report it: the line users look for, and facts in the JSON."""
     started = time.perf_counter()
     with budget.phase(phase):
         result, ledger = score(log.progress(name))
@@ -2688,7 +2625,7 @@ def score_artifact(
     log: Log,
     budget: Budget,
 ) -> Score:
-    """Read the artifact back from disk and score it; returns the score of the last, strongest way."""
+    """Read the artifact back from disk and score it; returns the last, strongest score."""
     with rt.together(), budget.phase("decompression"):
         blob = read_file(path) if rt.is_main else b""
         blob = rt.from_main(blob)
