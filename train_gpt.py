@@ -1897,6 +1897,7 @@ def quantize_model(
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
 FRAME = struct.Struct("<4sBBQQI")  # magic, version, compressor, payload bytes, raw bytes, CRC-32
 LARGEST_RAW_BYTES = 1 << 32
+FLOAT_BYTES = {"float16": 2, "float32": 4}  # the kinds that are no codes, and their size
 COMPRESSORS = {
     "none": ("zlib", "error"),
     "brotli": ("brotli", "error"),  # module, its error class
@@ -2049,16 +2050,18 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
     """The float32 tensors of a table [name, kind, shape] from the streams that `pack` laid out.
 
     Raises: ValueError unless table and streams agree to the last byte, codes lie in their range and
-    all values are finite.
+    all values are finite; TypeError if the table is no table.
     """
-    bits = {
-        name: int(kind.removeprefix("int")) for name, kind, _ in table if kind.startswith("int")
-    }
-    sizes = {name: math.prod(shape) for name, _, shape in table}
-    heights = [shape[0] for name, _, shape in table if name in bits]
-    width = {"float16": 2, "float32": 4}
-    widths = [sizes[name] if name in bits else sizes[name] * width[kind] for name, kind, _ in table]
-    if len(sizes) != len(table) or sum(widths) + 2 * sum(heights) != len(streams):
+    for name, kind, shape in table:
+        sizes_ok = all(type(size) is int and 0 <= size <= len(streams) for size in shape)
+        dims_ok = len(shape) == 2 if re.fullmatch("int[2-8]", kind) else kind in FLOAT_BYTES
+        if not (isinstance(name, str) and sizes_ok and dims_ok):
+            raise ValueError(f"tensor {name}: {kind} of shape {shape}")
+    coded = {name: int(kind[3:]) for name, kind, _ in table if kind.startswith("int")}
+    counts = {name: math.prod(shape) for name, _, shape in table}
+    heights = [shape[0] for name, _, shape in table if name in coded]
+    total = sum(counts[name] * FLOAT_BYTES.get(kind, 1) for name, kind, _ in table)
+    if len(counts) != len(table) or total + 2 * sum(heights) != len(streams):
         raise ValueError("the table promises other lengths")
     position = 0
 
@@ -2067,23 +2070,21 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
         position += count
         return streams[position - count : position]
 
-    codes = {name: np.frombuffer(take(sizes[name]), np.int8) for name in bits}
-    scales = np.split(unplanes(take(2 * sum(heights)), "<f2"), np.cumsum(heights)[:-1])
-    out = {}
+    codes = {name: np.frombuffer(take(counts[name]), np.int8) for name in coded}
+    scales = unplanes(take(2 * sum(heights)), "<f2").astype(np.float32)
+    scales, out = np.split(scales, np.cumsum(heights)[:-1]), {}
     for name, kind, shape in table:
-        if name in bits:
-            top, row_scales = 2 ** (bits[name] - 1) - 1, scales.pop(0)
-            if (
-                not 2 <= bits[name] <= 8
-                or np.abs(codes[name].astype(np.int16)).max(initial=0) > top
-            ):
-                raise ValueError(f"{name} has codes beyond {kind}")
-            values = codes[name].reshape(shape) * row_scales.astype(np.float32)[:, None]
+        if name in coded:
+            ints, row_scales = codes[name].reshape(shape), scales.pop(0)[:, None]
+            beyond = np.abs(ints.astype(np.int16)).max(initial=0) >= 2 ** (coded[name] - 1)
+            if beyond or not np.isfinite(row_scales).all():
+                raise ValueError(f"tensor {name}: codes beyond {kind} or scales without end")
+            values = ints * row_scales
         else:
-            values = unplanes(take(sizes[name] * width[kind]), kind).reshape(shape)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} holds values that are not finite")
-        out[name] = torch.from_numpy(values.astype(np.float32))
+            values = unplanes(take(counts[name] * FLOAT_BYTES[kind]), kind).astype(np.float32)
+            if not np.isfinite(values).all():
+                raise ValueError(f"tensor {name}: values that are not finite")
+        out[name] = torch.from_numpy(values.reshape(shape))
     return out
 
 
@@ -2138,28 +2139,38 @@ def log_storage(tensors: Mapping[str, Quantized | Tensor], log: Log) -> None:
 def load_model(
     blob: bytes, cfg: Config, rt: Runtime, origin: str
 ) -> tuple[GPT, Config, dict[str, Any]]:
-    """A fresh model from the bytes of an artifact or checkpoint: (model, its configuration,
-    header).
+    """A fresh model from an artifact or checkpoint: (model, its configuration, header).
 
     Raises: ArtifactError if the bytes or the tensors are not what they should be, ConfigError if
     the environment asks for another model.
     """
     header, tensors = unpack(blob)
-    settings = header.get("model")
-    if not isinstance(settings, dict) or set(settings) != set(cfg.model_settings()):
-        raise ArtifactError(
-            f"{origin}: its header describes another kind of model; use the program that wrote it"
-        )
-    cfg = cfg.with_model(settings, origin)
+    cfg = cfg.with_model(model_settings(header, origin), origin)
     _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    with torch.device("meta"):  # shapes alone: the tensors' sizes are known to be real, these not
+        expected = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))[0]
-        raise ArtifactError(f"{origin}: tensor {wrong[0]} {wrong[1]} does not belong to its model")
+        name, shape = sorted(found.items() ^ expected.items())[0]
+        raise ArtifactError(f"{origin}: tensor {name} {shape} does not belong to its model")
+    model = GPT(cfg, kernel, rt.compute_dtype)
     model.load_state_dict(tensors)
     return model.to(rt.device), cfg, header
+
+
+def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The model settings of a header, checked. Raises ArtifactError if they are not ours."""
+    settings = header.get("model")
+    ours = {setting.name: setting for setting in knobs() if setting.metadata["model"]}
+    try:
+        if set(settings) != set(ours) or type(header["looped"]) is not bool:
+            raise ValueError("other settings than this program's")
+        return {name: parse_value(ours[name], str(value)) for name, value in settings.items()}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(
+            f"{origin}: its header describes no model of this program ({error}); use the program "
+            "that wrote it"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------
