@@ -54,11 +54,18 @@ from torch import Tensor, nn
 
 
 class UserError(Exception):
-    """Something the user can mend: one readable line, exit status 2."""
+    """Something the user can mend: one readable line, exit status 2.
+
+    on_all_ranks: every rank raises it, so that rank 0 can speak for all.
+    """
+
+    on_all_ranks = False
 
 
 class ConfigError(UserError):
     """A setting that cannot be used; says which, what was found and what was expected."""
+
+    on_all_ranks = True
 
 
 class DataError(UserError):
@@ -71,6 +78,8 @@ class ArtifactError(UserError):
 
 class DivergenceError(UserError):
     """The loss stopped being a number."""
+
+    on_all_ranks = True
 
 
 def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -> Any:
@@ -259,7 +268,8 @@ class Config:
         heads, limit = self.num_heads, self.max_wallclock_seconds
         head_dim = self.model_dim // heads
         rows, rest = divmod(self.train_batch_tokens, self.train_seq_len)
-        longest = max(self.train_seq_len, self.eval_seq_len)
+        trains = not self.artifact
+        longest = max(self.train_seq_len * trains, self.eval_seq_len)
         expect("model_dim", self.model_dim % heads == 0, f"a multiple of NUM_HEADS={heads}")
         expect("num_kv_heads", heads % self.num_kv_heads == 0, f"a divisor of NUM_HEADS={heads}")
         fits = self.rope_dims % 2 == 0 and self.rope_dims <= head_dim
@@ -268,7 +278,7 @@ class Config:
             last = self.num_layers - 1
             expect("loop_end", self.loop_end <= last, f"at most {last}; NUM_LOOPS=0: no loop")
             expect("loop_start", self.loop_start <= self.loop_end, f"at most {self.loop_end}")
-        whole = rest == 0 and rows % world_size == 0
+        whole = not trains or (rest == 0 and rows % world_size == 0)
         share = f"whole sequences of {self.train_seq_len}, equally many for {world_size} ranks"
         expect("train_batch_tokens", whole, share)
         expect("micro_batch_tokens", self.micro_batch_tokens >= longest, f"at least {longest}")
@@ -466,10 +476,61 @@ PEAK_BF16_FLOPS = {
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
 
 
+class Budget:
+    """A ledger of phases on a monotonic clock. An inner phase stops the clock of the outer one.
+
+    `finish` is called where a phase begins or ends: it waits for the device.
+    """
+
+    TRAINING = ("train", "calibration")  # everything that reads training data inside the clock
+    EVALUATION = ("decompression", "quantized", "quantized_sliding_window", "quantized_ttt")
+
+    def __init__(self, finish: Callable[[], None] = lambda: None):
+        self.finish, self.seconds, self.open, self.since = finish, {}, [], 0.0
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Time a block; the time of equal names adds up."""
+        self.finish()
+        self.tick()
+        self.open.append(name)
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self.finish()
+            self.tick()
+            self.open.pop()
+
+    def tick(self) -> None:
+        """Book the time since the last tick to the innermost open phase."""
+        now = time.perf_counter()
+        if self.open:
+            self.seconds[self.open[-1]] += now - self.since
+        self.since = now
+
+    def total(self, phases: Iterable[str]) -> float:
+        """Seconds of these phases up to now, without waiting for the device."""
+        self.tick()
+        return sum(self.seconds.get(name, 0.0) for name in phases)
+
+    def report(self, cfg: Config) -> dict[str, Any]:
+        """Seconds of each phase, and the two sums that the rules limit beside their limits."""
+        sums = {}
+        for name, phases, limit in (
+            ("training", self.TRAINING, cfg.max_wallclock_seconds),
+            ("evaluation", self.EVALUATION, cfg.eval_wallclock_seconds),
+        ):
+            spent = self.total(phases)
+            sums[name] = dict(seconds=spent, limit=limit, within=not limit or spent <= limit)
+        return dict(phases=dict(self.seconds), **sums)
+
+
 class Runtime:
     """Ranks, device and types of this process. A context manager: it owns the process group.
 
-    Attributes: rank, world_size, device, compute_dtype (of activations), is_main, env.
+    Attributes: rank, world_size, device, compute_dtype (of activations), is_main; budget, the time
+    that this process spends, by phase.
     """
 
     def __init__(self, cfg: Config, env: Mapping[str, str]):
@@ -483,6 +544,7 @@ class Runtime:
             cfg.compute_dtype, cfg.compute_dtype
         )
         self.compute_dtype = getattr(torch, chosen)
+        self.budget = Budget(self.synchronize)
         self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
 
     def __enter__(self) -> Runtime:
@@ -549,6 +611,7 @@ class Runtime:
             dist.all_gather_object(errors, error)
         for found in errors:
             if found is not None:
+                found.on_all_ranks = True
                 raise found
 
     def compile(self, module: nn.Module) -> Callable:
@@ -601,56 +664,6 @@ def cpu_name() -> str:
         return re.search(r"model name\s*:\s*(.+)", text)[1]
     except (OSError, TypeError):  # another system, or a processor without that line
         return platform.processor() or platform.machine()
-
-
-class Budget:
-    """A ledger of phases on a monotonic clock. An inner phase stops the clock of the outer one.
-
-    `finish` is called where a phase begins or ends: it waits for the device.
-    """
-
-    TRAINING = ("train", "calibration")  # everything that reads training data inside the clock
-    EVALUATION = ("decompression", "quantized", "quantized_sliding_window", "quantized_ttt")
-
-    def __init__(self, finish: Callable[[], None] = lambda: None):
-        self.finish, self.seconds, self.open, self.since = finish, {}, [], 0.0
-
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """Time a block; the time of equal names adds up."""
-        self.finish()
-        self.tick()
-        self.open.append(name)
-        self.seconds.setdefault(name, 0.0)
-        try:
-            yield
-        finally:
-            self.finish()
-            self.tick()
-            self.open.pop()
-
-    def tick(self) -> None:
-        """Book the time since the last tick to the innermost open phase."""
-        now = time.perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
-        self.since = now
-
-    def total(self, phases: Iterable[str]) -> float:
-        """Seconds of these phases up to now, without waiting for the device."""
-        self.tick()
-        return sum(self.seconds.get(name, 0.0) for name in phases)
-
-    def report(self, cfg: Config) -> dict[str, Any]:
-        """Seconds of each phase, and the two sums that the rules limit beside their limits."""
-        sums = {}
-        for name, phases, limit in (
-            ("training", self.TRAINING, cfg.max_wallclock_seconds),
-            ("evaluation", self.EVALUATION, cfg.eval_wallclock_seconds),
-        ):
-            spent = self.total(phases)
-            sums[name] = dict(seconds=spent, limit=limit, within=not limit or spent <= limit)
-        return dict(phases=dict(self.seconds), **sums)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -829,7 +842,7 @@ class Loader:
             )
         self.epoch(0)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 -- a run has one loader, and it lives as long as the run
+    @functools.lru_cache(maxsize=2)  # noqa: B019 -- the one loader lives as long as the run
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Phase and first window of each shard, and the shuffled order of all windows."""
         draw = np.random.default_rng([self.seed, number])
@@ -873,6 +886,11 @@ class Loader:
             while True:
                 queue.append(read())
                 yield rt.to_device(queue.popleft().result())
+
+
+def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows (rows, T + 1) to what a forward reads and what it predicts, (rows, T) each."""
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 @dataclass(frozen=True)
@@ -1567,7 +1585,7 @@ def train_step(
     count = cfg.micro_batches(rt.world_size) * rt.world_size
     total = torch.zeros((), device=windows.device)
     for micro in windows.chunk(count // rt.world_size):
-        loss = forward(micro[:, :-1].contiguous(), micro[:, 1:].contiguous(), plan=plan) / count
+        loss = forward(*inputs_and_targets(micro), plan=plan) / count
         loss.backward()
         total += loss.detach()
     apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
@@ -1672,7 +1690,6 @@ def train(
     cfg: Config,
     rt: Runtime,
     log: Log,
-    budget: Budget,
 ) -> Trained:
     """Train the model in place and leave the average of its weights in it.
 
@@ -1688,9 +1705,9 @@ def train(
     optimizers, ema = make_optimizers(model, cfg, rt), Ema(model, cfg.ema_decay)
     report = StepLog(model, cfg, rt, log)
     batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
-    with contextlib.closing(batches), budget.phase("train"):
+    with contextlib.closing(batches), rt.budget.phase("train"):
         while True:
-            seconds, bad = rt.agree_max(budget.total(["train"]), watch.bad)
+            seconds, bad = rt.agree_max(rt.budget.total(["train"]), watch.bad)
             watch.check(bad, step - 1, rates)
             frac = training_frac(step, seconds, cfg)
             if frac >= 1:
@@ -1746,17 +1763,9 @@ class Quantized:
 
 @torch.no_grad()
 def collect_hessians(
-    model: GPT,
-    loader: Loader,
-    first: int,
-    plan: DepthPlan,
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-    budget: Budget,
+    model: GPT, loader: Loader, first: int, plan: DepthPlan, cfg: Config, rt: Runtime, log: Log
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of every Linear module: {module name: (inputs, inputs)
-    float32}.
+    """Mean of x x^T over the inputs x of each Linear: {module name: (inputs, inputs) float32}.
 
     Args:
         first: training window with which calibration begins; the ranks share the windows.
@@ -1783,8 +1792,8 @@ def collect_hessians(
     with contextlib.closing(loader.batches(rt, per_batch, first)) as batches:
         done, show, limit = 0, log.progress("calibration"), cfg.max_wallclock_seconds or math.inf
         while done < cfg.gptq_calibration_batches:
-            one_more = budget.total(["calibration"]) / max(done, 1)
-            (ends,) = rt.agree_max(budget.total(Budget.TRAINING) + one_more)
+            one_more = rt.budget.total(["calibration"]) / max(done, 1)
+            (ends,) = rt.agree_max(rt.budget.total(Budget.TRAINING) + one_more)
             if done and ends > limit:
                 log.line(
                     f"GPTQ:calibration stopped by the budget after {done} of "
@@ -2091,25 +2100,29 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
 FIT_ATTEMPTS = 8
 
 
+def code_bytes() -> int:
+    """The literal size of the file that runs: it counts against MAX_TOTAL_BYTES."""
+    return Path(__file__).stat().st_size
+
+
 def fit_artifact(
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    limit: int,
     cfg: Config,
+    rt: Runtime,
     log: Log,
-    budget: Budget,
 ) -> bytes:
-    """Quantize and pack, with wider clipping ranges until the artifact has at most `limit` bytes.
+    """Quantize and pack, with wider clipping ranges until code and artifact fit MAX_TOTAL_BYTES.
 
     A range wider by 2^e lowers the entropy of a code by about e bits, so the excess tells how much.
     Raises: ArtifactError if it cannot be made to fit.
     """
-    coarser = 1.0
+    coarser, limit = 1.0, cfg.max_total_bytes - code_bytes()
     for _ in range(FIT_ATTEMPTS):
-        with budget.phase("quantization"):
+        with rt.budget.phase("quantization"):
             tensors = quantize_model(weights, hessians, cfg, log, coarser)
-        with budget.phase("compression"):
+        with rt.budget.phase("compression"):
             blob = pack(tensors, header, cfg.compressor)
         if len(blob) <= limit:
             log_storage(tensors, log)
@@ -2263,7 +2276,6 @@ def score_windows(
     text: np.ndarray,
     windows: Sequence[Window],
     rows: int,
-    plan: DepthPlan,
     cfg: Config,
     rt: Runtime,
 ) -> Tensor:
@@ -2286,13 +2298,7 @@ def score_windows(
             starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
             places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
             ids = rt.to_device(text[places])
-            losses = forward(
-                ids[:, :-1].contiguous(),
-                ids[:, 1:].contiguous(),
-                plan=plan,
-                reduction="none",
-                tail=tail,
-            )
+            losses = forward(*inputs_and_targets(ids), reduction="none", tail=tail)
             first, stop = batch[0].first_scored - origin, batch[-1].stop - origin
             nats[first:stop] = losses.flatten()[: stop - first]
     rt.sum_(nats)
@@ -2302,7 +2308,6 @@ def score_windows(
 def evaluate(
     forward: Callable,
     val: ValidationTokens,
-    plan: DepthPlan,
     cfg: Config,
     rt: Runtime,
     *,
@@ -2313,11 +2318,11 @@ def evaluate(
     """Score the validation text from left to right.
 
     Args:
+        forward: the model, its depth plan bound.
         stride: targets per window; EVAL_SEQ_LEN for the plain evaluation.
         show: progress, called with the part done.
         after_chunk: called with (tokens of a chunk, its number, number of chunks) once all targets
-        of
-            the chunk are scored; it may change the model. Not called after the last chunk.
+            of the chunk are scored; it may change the model. Not called after the last chunk.
     """
     total, length = len(val.target_bytes), cfg.eval_seq_len
     most = cfg.micro_batch_tokens // length
@@ -2329,7 +2334,7 @@ def evaluate(
     windows = sliding_windows(total, length, stride)
     for number, group in itertools.groupby(windows, key=lambda w: w.first_scored // chunk):
         group = list(group)
-        nats = score_windows(forward, val.tokens, group, rows, plan, cfg, rt)
+        nats = score_windows(forward, val.tokens, group, rows, cfg, rt)
         ledger.record(group[0].first_scored, nats)
         show(ledger.scored / total)
         if after_chunk and number < chunks - 1:
@@ -2344,7 +2349,6 @@ def adapt(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     text: np.ndarray,
-    plan: DepthPlan,
     cfg: Config,
     rt: Runtime,
 ) -> None:
@@ -2359,8 +2363,8 @@ def adapt(
     for _ in range(cfg.ttt_epochs):
         for micro in mine.split(cfg.micro_batch_tokens // length):
             if len(micro):
-                loss = forward(micro[:, :-1].contiguous(), micro[:, 1:].contiguous(), plan=plan)
-                (loss * (len(micro) / count)).backward()
+                loss = forward(*inputs_and_targets(micro)) * (len(micro) / count)
+                loss.backward()
         apply_gradients(model, [optimizer], cfg.ttt_grad_clip, rt)
 
 
@@ -2368,21 +2372,11 @@ class TestTimeTraining:
     """`after_chunk` of system #1493: SGD with momentum on all parameters, cosine over the chunks.
 
     Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS; then it only
-    watches.
+    watches. `forward` is the model, its depth plan bound.
     """
 
-    def __init__(
-        self,
-        forward: Callable,
-        model: nn.Module,
-        plan: DepthPlan,
-        cfg: Config,
-        rt: Runtime,
-        log: Log,
-        budget: Budget,
-    ):
-        self.forward, self.model, self.plan, self.cfg = forward, model, plan, cfg
-        self.rt, self.log, self.budget = rt, log, budget
+    def __init__(self, forward: Callable, model: nn.Module, cfg: Config, rt: Runtime, log: Log):
+        self.forward, self.model, self.cfg, self.rt, self.log = forward, model, cfg, rt, log
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=cfg.ttt_lr, momentum=cfg.ttt_momentum
         )
@@ -2396,7 +2390,7 @@ class TestTimeTraining:
             lr = 0.5 * self.cfg.ttt_lr * (1 + math.cos(math.pi * number / (chunks - 1)))
             self.optimizer.param_groups[0]["lr"] = lr
             begin = time.perf_counter()
-            adapt(self.forward, self.model, self.optimizer, text, self.plan, self.cfg, self.rt)
+            adapt(self.forward, self.model, self.optimizer, text, self.cfg, self.rt)
             self.rt.synchronize()
             self.adapted += 1
             self.adapting.append(time.perf_counter() - begin)
@@ -2409,7 +2403,7 @@ class TestTimeTraining:
         needed = float(np.median(self.scoring[1:])) * chunks_left + float(
             np.median(self.adapting[1:])
         )
-        (ends,) = self.rt.agree_max(self.budget.total(Budget.EVALUATION) + needed)
+        (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
         if ends > self.cfg.eval_wallclock_seconds:
             self.log.line(
                 f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
@@ -2451,64 +2445,72 @@ def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[
 
 def run(cfg: Config, rt: Runtime, log: Log) -> None:
     """The whole program for one configuration."""
-    budget = Budget(rt.synchronize)
     announce(cfg, rt, log)
-    with rt.together(), budget.phase("data"):
+    origin = cfg.artifact or cfg.checkpoint
+    if origin:  # the model decides which data and tokenizer belong to it
+        with rt.budget.phase("decompression" if cfg.artifact else "data"):
+            blob = read_file(origin, rt)
+        with rt.together():
+            cfg = cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
+    with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
+        select_attention(cfg.attention, rt.device, rt.compute_dtype)
         table = ByteTable.from_sentencepiece(cfg.tokenizer_file, cfg.vocab_size)
-        val = ValidationTokens.load(
-            find_shards(cfg.dataset_dir, "val"),
-            table,
-            seq_len=cfg.eval_seq_len,
-            limit=cfg.val_tokens,
-        )
-    log.line(
-        f"val_tokens: {len(val.target_bytes)} val_bytes: {val.target_bytes.sum(dtype=np.int64)} "
-        f"dropped_tail: {val.dropped} tokenizer_sha256: {table.digest[:16]}"
-    )
-    with budget.phase("baseline"):
-        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if rt.is_main else {}
-    for name, bpb in baselines.items():
-        log.line(f"baseline {name} val_bpb:{bpb:.4f}")
-    log.put(baselines=baselines)
-    steps, path = 0, Path(cfg.artifact)
-    if not cfg.artifact:
-        steps, path = produce(table, val, cfg, rt, log, budget), log.path("bin")
-    score = score_artifact(path, table, val, cfg, rt, log, budget)
-    conclude(score, path, steps, cfg, log, budget)
+        shards = find_shards(cfg.dataset_dir, "val")
+        val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
+    announce_text(val, table, cfg, rt, log)
+    steps = 0 if cfg.artifact else produce(table, val, cfg, rt, log)
+    path = Path(cfg.artifact) if cfg.artifact else log.path("bin")
+    score = score_artifact(path, table, val, cfg, rt, log)
+    conclude(score, path, steps, cfg, rt, log)
 
 
 def announce(cfg: Config, rt: Runtime, log: Log) -> None:
     """The first lines and facts: what a stranger needs to repeat the run."""
     source = Path(__file__).read_bytes()
-    facts = rt.describe()
+    facts, digest = rt.describe(), hashlib.sha256(source).hexdigest()
     if "smoke" in cfg.sources.values():
         log.line(
             "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
         )
     for warning in cfg.warnings:
         log.line(f"warning: {warning}")
-    log.line(f"code_bytes: {len(source)} code_sha256: {hashlib.sha256(source).hexdigest()}")
+    log.line(f"code_bytes: {len(source)} code_sha256: {digest}")
     log.line("runtime: " + " ".join(f"{key}={value}" for key, value in facts.items()))
     log.line("Hyperparameters:")
-    for setting in sorted(s.name for s in knobs()):
-        log.line(f"  {setting}: {getattr(cfg, setting)}")
+    settings = {s.name: getattr(cfg, s.name) for s in knobs()}
+    for name in sorted(settings):
+        log.line(f"  {name}: {settings[name]}")
     log.put(
         run_id=log.run_id,
         started=datetime.datetime.now().astimezone().isoformat(),
         runtime=facts,
-        code=dict(bytes=len(source), sha256=hashlib.sha256(source).hexdigest()),
-        config={
-            s.name: dict(value=getattr(cfg, s.name), source=cfg.sources[s.name]) for s in knobs()
-        },
+        code=dict(bytes=len(source), sha256=digest),
+        config={n: dict(value=v, source=cfg.sources[n]) for n, v in settings.items()},
     )
 
 
-def produce(
-    table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log, budget: Budget
-) -> int:
+def announce_text(
+    val: ValidationTokens, table: ByteTable, cfg: Config, rt: Runtime, log: Log
+) -> None:
+    """What is scored, and what general compressors make of it."""
+    facts = dict(
+        val_tokens=len(val.target_bytes),
+        val_bytes=int(val.target_bytes.sum(dtype=np.int64)),
+        dropped_tail=val.dropped,
+        tokenizer_sha256=table.digest,
+    )
+    log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
+    with rt.budget.phase("baseline"):
+        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if rt.is_main else {}
+    for name, bpb in baselines.items():
+        log.line(f"baseline {name} val_bpb:{bpb:.4f}")
+    log.put(data=facts, baselines=baselines)
+
+
+def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log) -> int:
     """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained."""
-    with rt.together(), budget.phase("data"):
+    with rt.together(), rt.budget.phase("data"):
         loader = Loader(
             find_shards(cfg.dataset_dir, "train"),
             seq_len=cfg.train_seq_len,
@@ -2517,55 +2519,63 @@ def produce(
         )
     log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
     if cfg.checkpoint:
+        blob = read_file(cfg.checkpoint, rt)
         with rt.together():
-            model, cfg, header = load_model(read_file(cfg.checkpoint), cfg, rt, cfg.checkpoint)
-        looped = header["looped"]
+            model, cfg, header = load_model(blob, cfg, rt, cfg.checkpoint)
+        forward, trained = rt.compile(model), Trained(0, header["looped"])
     else:
-        kernel, looped = select_attention(cfg.attention, rt.device, rt.compute_dtype)[1], False
-        model = GPT(cfg, kernel, rt.compute_dtype)
-        model.init_weights(cfg.seed)
-        model.to(rt.device)
+        model, forward, trained = train_model(loader, val, cfg, rt, log)
+    plan = depth_plan(cfg, looped=trained.looped)
+    plain = functools.partial(plain_score, forward, plan, val, cfg, rt)
+    stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
+    with rt.budget.phase("calibration"):
+        first = trained.steps * (cfg.train_batch_tokens // cfg.train_seq_len)
+        hessians = collect_hessians(model, loader, first, plan, cfg, rt, log)
+    seconds = rt.budget.total(["calibration"])
+    log.line(f"GPTQ:collected {len(hessians)} Hessians in {seconds:.1f}s")
+    with rt.together():
+        if rt.is_main:
+            write_artifact(model, hessians, trained, table, cfg, rt, log)
+    return trained.steps
+
+
+def plain_score(
+    forward: Callable,
+    plan: DepthPlan,
+    val: ValidationTokens,
+    cfg: Config,
+    rt: Runtime,
+    show: Callable[..., None],
+) -> tuple[Score, Ledger]:
+    """Every target once, in windows side by side."""
+    bound = functools.partial(forward, plan=plan)
+    return evaluate(bound, val, cfg, rt, stride=cfg.eval_seq_len, show=show)
+
+
+def train_model(
+    loader: Loader, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
+) -> tuple[GPT, Callable, Trained]:
+    """A model trained from scratch: (model, its forward, perhaps compiled, and its training)."""
+    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
+    model = GPT(cfg, kernel, rt.compute_dtype)
+    model.init_weights(cfg.seed)
+    forward = rt.compile(model.to(rt.device))
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    forward, trained = rt.compile(model), Trained(0, looped)
 
     def validate(plan: DepthPlan, prefix: str) -> None:
-        with budget.phase("diagnostic"):
-            score, _ = evaluate(
-                forward,
-                val,
-                plan,
-                cfg,
-                rt,
-                stride=cfg.eval_seq_len,
-                show=log.progress("validation"),
-            )
+        with rt.budget.phase("diagnostic"):
+            score, _ = plain_score(forward, plan, val, cfg, rt, log.progress("validation"))
         log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
-    if not cfg.checkpoint:
-        with budget.phase("warm-up"):
-            warm_up(forward, model, loader, cfg, rt, log)
-        trained = train(forward, model, loader, validate, cfg, rt, log, budget)
+    with rt.budget.phase("warm-up"):
+        warm_up(forward, model, loader, cfg, rt, log)
+    trained = train(forward, model, loader, validate, cfg, rt, log)
     if rt.device.type == "cuda":
         log.line(
             f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"
         )
-    plan = depth_plan(cfg, looped=trained.looped)
-    stage(
-        "pre-quantization post-ema",
-        "diagnostic",
-        log,
-        budget,
-        lambda show: evaluate(forward, val, plan, cfg, rt, stride=cfg.eval_seq_len, show=show),
-    )
-    with budget.phase("calibration"):
-        rows = cfg.train_batch_tokens // cfg.train_seq_len
-        hessians = collect_hessians(model, loader, trained.steps * rows, plan, cfg, rt, log, budget)
-    log.line(f"GPTQ:collected {len(hessians)} Hessians in {budget.total(['calibration']):.1f}s")
-    with rt.together():
-        if rt.is_main:
-            write_artifact(model, hessians, trained, table, cfg, log, budget)
-    return trained.steps
+    return model, forward, trained
 
 
 def write_artifact(
@@ -2574,118 +2584,117 @@ def write_artifact(
     trained: Trained,
     table: ByteTable,
     cfg: Config,
+    rt: Runtime,
     log: Log,
-    budget: Budget,
 ) -> None:
     """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
     header = dict(model=cfg.model_settings(), looped=trained.looped, tokenizer_sha256=table.digest)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if cfg.save_checkpoint:
         atomic_write(log.path("ckpt"), pack(weights, header, "none"))
-    code_bytes = Path(__file__).stat().st_size
-    blob = fit_artifact(
-        weights, hessians, header, cfg.max_total_bytes - code_bytes, cfg, log, budget
-    )
+    blob = fit_artifact(weights, hessians, header, cfg, rt, log)
     atomic_write(log.path("bin"), blob)
     log.line(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
-    log.line(f"Code size: {code_bytes} bytes")
-    log.line(f"Total submission size quantized+{cfg.compressor}: {len(blob) + code_bytes} bytes")
+    log.line(f"Code size: {code_bytes()} bytes")
+    total = len(blob) + code_bytes()
+    log.line(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of an artifact or checkpoint. Raises ArtifactError if it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; give the file that a run wrote") from error
+def read_file(path: str | Path, rt: Runtime) -> bytes:
+    """The bytes of an artifact or checkpoint that rank 0 can read, on every rank.
+
+    Raises: ArtifactError on all ranks if it cannot be read.
+    """
+    blob = b""
+    with rt.together():
+        try:
+            if rt.is_main:
+                blob = Path(path).read_bytes()
+        except OSError as error:
+            raise ArtifactError(
+                f"{path}: {error.strerror}; give the file that a run wrote"
+            ) from error
+    return rt.from_main(blob)
 
 
 def stage(
     name: str,
     phase: str,
+    rt: Runtime,
     log: Log,
-    budget: Budget,
     score: Callable[[Callable[..., None]], tuple[Score, Ledger]],
 ) -> Score:
     """Time an evaluation and report it: the line users look for, and facts in the JSON."""
-    started = time.perf_counter()
-    with budget.phase(phase):
+    before = rt.budget.total([phase])
+    with rt.budget.phase(phase):
         result, ledger = score(log.progress(name))
+    seconds = rt.budget.total([phase]) - before
     log.line(
         f"{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
-        f"eval_time:{(time.perf_counter() - started) * 1e3:.0f}ms"
+        f"eval_time:{seconds * 1e3:.0f}ms"
     )
-    facts = dict(
-        val_loss=result.loss,
-        val_bpb=result.bpb,
-        nats=result.nats,
-        tokens=result.tokens,
-        bytes=result.bytes,
-        losses_sha256=ledger.digest(),
-    )
+    facts = dict(val_loss=result.loss, val_bpb=result.bpb, **dataclasses.asdict(result))
+    facts["losses_sha256"] = ledger.digest()
     log.put(stages={**log.record.get("stages", {}), name: facts})
     return result
 
 
 def score_artifact(
-    path: Path,
-    table: ByteTable,
-    val: ValidationTokens,
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-    budget: Budget,
+    path: Path, table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
 ) -> Score:
     """Read the artifact back from disk and score it; returns the last, strongest score."""
-    with rt.together(), budget.phase("decompression"):
-        blob = read_file(path) if rt.is_main else b""
-        blob = rt.from_main(blob)
+    with rt.budget.phase("decompression"):
+        blob = read_file(path, rt)
+    with rt.together(), rt.budget.phase("decompression"):
         model, cfg, header = load_model(blob, cfg, rt, str(path))
-        if header["tokenizer_sha256"] != table.digest:
+        if header.get("tokenizer_sha256") != table.digest:
             raise ArtifactError(
-                f"{path}: trained with another tokenizer (sha256 "
-                f"{header['tokenizer_sha256'][:16]}) than {cfg.tokenizer_file} "
-                f"({table.digest[:16]}); set TOKENIZER_PATH and DATA_PATH"
+                f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
+                f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
             )
     forward, plan = rt.compile(model), depth_plan(cfg, looped=header["looped"])
     name, _, why = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    log.line(f"attention:{name} ({why}) depth_plan: encoder:{plan.encoder} decoder:{plan.decoder}")
+    log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
+    bound = functools.partial(forward, plan=plan)
 
-    def scored(label: str, stride: int, after_chunk: Callable | None = None) -> Score:
+    def scored(label: str, after_chunk: Callable | None = None) -> Score:
         return stage(
             label,
             label,
+            rt,
             log,
-            budget,
             lambda show: evaluate(
-                forward, val, plan, cfg, rt, stride=stride, show=show, after_chunk=after_chunk
+                bound, val, cfg, rt, stride=cfg.eval_stride, show=show, after_chunk=after_chunk
             ),
         )
 
-    score = scored("quantized", cfg.eval_seq_len)
+    score = stage(
+        "quantized",
+        "quantized",
+        rt,
+        log,
+        functools.partial(plain_score, forward, plan, val, cfg, rt),
+    )
     if cfg.sliding_window_enabled:
-        score = scored("quantized_sliding_window", cfg.eval_stride)
+        score = scored("quantized_sliding_window")
     if cfg.ttt_enabled:
-        ttt = TestTimeTraining(forward, model, plan, cfg, rt, log, budget)
-        score = scored("quantized_ttt", cfg.eval_stride, ttt)
+        ttt = TestTimeTraining(bound, model, cfg, rt, log)
+        score = scored("quantized_ttt", ttt)
         log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
     return score
 
 
-def conclude(score: Score, path: Path, steps: int, cfg: Config, log: Log, budget: Budget) -> None:
+def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log: Log) -> None:
     """The budget and the `result` line."""
-    report = budget.report(cfg)
-    log.line(
-        "budget " + " ".join(f"{name}={value:.1f}s" for name, value in report["phases"].items())
-    )
+    report = rt.budget.report(cfg)
+    phases = report["phases"].items()
+    log.line("budget " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in phases))
     for name in ("training", "evaluation"):
         part = report[name]
         limit = f"{part['limit']:g}s" if part["limit"] else "none"
-        log.line(
-            f"budget {name}: {part['seconds']:.1f}s limit: {limit} "
-            f"{'within' if part['within'] else 'OVER'}"
-        )
-    sizes = dict(artifact_bytes=path.stat().st_size, code_bytes=Path(__file__).stat().st_size)
+        verdict = "within" if part["within"] else "OVER"
+        log.line(f"budget {name}: {part['seconds']:.1f}s limit: {limit} {verdict}")
+    sizes = dict(artifact_bytes=path.stat().st_size if rt.is_main else 0, code_bytes=code_bytes())
     result = dict(
         val_bpb=round(score.bpb, 8),
         **sizes,
@@ -2718,8 +2727,10 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
             with log:
                 run(cfg, rt, log)
     except UserError as error:
-        if env.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        rank = env.get("RANK", "0")
+        if rank == "0" or not error.on_all_ranks:
+            who = "" if rank == "0" else f"rank {rank}: "
+            print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

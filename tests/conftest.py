@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import socket
@@ -97,14 +98,13 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_env(dataset, tmp_path) -> dict[str, str]:
-    """Environment variables of a run of seconds: 11 layers, 32 wide; logs in tmp_path / "logs"."""
+def tiny_settings(dataset: Path, folder: Path) -> dict[str, str]:
+    """Environment variables of a run of seconds: 11 layers, 32 wide; logs in folder / "logs"."""
     values = dict(
         SMOKE=1,
         DATA_PATH=dataset,
         TOKENIZER_PATH=dataset / "tokenizer.model",
-        LOG_DIR=tmp_path / "logs",
+        LOG_DIR=folder / "logs",
         VOCAB_SIZE=384,
         MODEL_DIM=32,
         NUM_HEADS=4,
@@ -124,6 +124,11 @@ def tiny_env(dataset, tmp_path) -> dict[str, str]:
         TTT_CHUNK_TOKENS=128,
     )
     return {name: str(value) for name, value in values.items()}
+
+
+@pytest.fixture
+def tiny_env(dataset, tmp_path) -> dict[str, str]:
+    return tiny_settings(dataset, tmp_path)
 
 
 @pytest.fixture
@@ -159,16 +164,19 @@ def gloo(world_size: int, function, *args, timeout: float = 120.0) -> list:
         ranks[-1].start()
         there.close()
         pipes.append(here)
-    deadline, results = time.monotonic() + timeout, []
+    deadline, results = time.monotonic() + timeout, [None] * world_size
+    waiting = dict(zip(pipes, range(world_size), strict=True))
     try:
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(max(deadline - time.monotonic(), 0)), f"rank {rank} hangs"
-            error, result = pipe.recv()
-            assert not error, f"rank {rank} failed\n{error}"
-            results.append(result)
+        while waiting:  # whichever rank answers first: the others may wait for one that failed
+            ready = multiprocessing.connection.wait(waiting, max(deadline - time.monotonic(), 0))
+            assert ready, f"ranks {sorted(waiting.values())} hang"
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                error, results[rank] = pipe.recv()
+                assert not error, f"rank {rank} failed\n{error}"
     finally:
         for process in ranks:
-            process.join(10 if len(results) == world_size else 0)
+            process.join(0 if waiting else 10)
             process.kill()
     return results
 

@@ -1,5 +1,6 @@
 """Section 8: bytes out, the same values back, and nothing else accepted."""
 
+import dataclasses
 import json
 import math
 import struct
@@ -203,27 +204,28 @@ def tiny_weights(cfg):
     return weights, hessians
 
 
-def fit(cfg, log, limit):
+def fit(cfg, rt, log, limit):
+    cfg = dataclasses.replace(cfg, max_total_bytes=limit + t.code_bytes())
     weights, hessians = tiny_weights(cfg)
     header = {"model": cfg.model_settings(), "looped": True, "tokenizer_sha256": "0" * 64}
-    return t.fit_artifact(weights, hessians, header, limit, cfg, log, t.Budget())
+    return t.fit_artifact(weights, hessians, header, cfg, rt, log)
 
 
-def test_an_artifact_over_the_limit_is_made_to_fit(tiny_cfg, silent_log):
-    free = len(fit(tiny_cfg, silent_log, 10**9))
+def test_an_artifact_over_the_limit_is_made_to_fit(tiny_cfg, rt, silent_log):
+    free = len(fit(tiny_cfg, rt, silent_log, 10**9))
     for limit in (free, free - 1, int(0.9 * free), int(0.7 * free)):
-        blob = fit(tiny_cfg, silent_log, limit)
+        blob = fit(tiny_cfg, rt, silent_log, limit)
         assert 0.85 * limit < len(blob) <= limit, "fits, and wastes little"
         t.unpack(blob)
 
 
-def test_an_artifact_that_cannot_fit_is_an_artifact_error(tiny_cfg, silent_log):
+def test_an_artifact_that_cannot_fit_is_an_artifact_error(tiny_cfg, rt, silent_log):
     with pytest.raises(t.ArtifactError, match="expected at most 500"):
-        fit(tiny_cfg, silent_log, 500)
+        fit(tiny_cfg, rt, silent_log, 500)
 
 
 def test_a_model_is_rebuilt_from_the_artifact_alone(tiny_cfg, rt, silent_log):
-    blob = fit(tiny_cfg, silent_log, 10**9)
+    blob = fit(tiny_cfg, rt, silent_log, 10**9)
     other = t.Config.from_env({"SMOKE": "1"}, cuda=False)  # other sizes, none set by the user
     model, cfg, header = t.load_model(blob, other, rt, "x.bin")
     assert cfg.model_settings() == tiny_cfg.model_settings()
@@ -239,7 +241,7 @@ def test_a_model_is_rebuilt_from_the_artifact_alone(tiny_cfg, rt, silent_log):
 def test_another_model_than_the_environment_asks_for_is_a_config_error(
     tiny_cfg, rt, silent_log, tiny_env
 ):
-    blob = fit(tiny_cfg, silent_log, 10**9)
+    blob = fit(tiny_cfg, rt, silent_log, 10**9)
     wanted = t.Config.from_env({**tiny_env, "NUM_LAYERS": "12"}, cuda=False)
     with pytest.raises(t.ConfigError, match="NUM_LAYERS=12: x.bin holds a model with 11"):
         t.load_model(blob, wanted, rt, "x.bin")

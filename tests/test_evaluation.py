@@ -1,6 +1,7 @@
 """Section 9: windows, scores, the ledger, and adaptation, against one target at a time."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -72,16 +73,9 @@ def naive_losses(model, val, plan, seq_len, stride):
 
 
 def run_evaluate(model, val, cfg, rt, stride, looped=True, after_chunk=None):
-    return t.evaluate(
-        model,
-        val,
-        t.depth_plan(cfg, looped=looped),
-        cfg,
-        rt,
-        stride=stride,
-        show=lambda part: None,
-        after_chunk=after_chunk,
-    )
+    forward = functools.partial(model, plan=t.depth_plan(cfg, looped=looped))
+    show = lambda part: None  # noqa: E731
+    return t.evaluate(forward, val, cfg, rt, stride=stride, show=show, after_chunk=after_chunk)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +153,10 @@ def test_after_a_chunk_only_text_that_is_scored_is_handed_out(tiny_cfg, rt):
 
 def adapted(cfg, rt, log, val, **changes):
     cfg = dataclasses.replace(cfg, **changes)
-    model, budget = small_model(cfg), t.Budget()
-    plan = t.depth_plan(cfg, looped=True)
-    ttt = t.TestTimeTraining(model, model, plan, cfg, rt, log, budget)
-    with budget.phase("quantized_ttt"):
+    model = small_model(cfg)
+    forward = functools.partial(model, plan=t.depth_plan(cfg, looped=True))
+    ttt = t.TestTimeTraining(forward, model, cfg, rt, log)
+    with rt.budget.phase("quantized_ttt"):
         score, ledger = run_evaluate(model, val, cfg, rt, cfg.eval_stride, after_chunk=ttt)
     return score, ledger, model, ttt
 
@@ -242,14 +236,14 @@ def test_a_chunk_is_cut_into_whole_sequences(tiny_cfg, rt, silent_log):
     # 70 targets hold two sequences of 32: the six left over are scored, but not trained on.
     model, seen = small_model(tiny_cfg), []
 
-    def forward(tokens, targets, plan):
+    def forward(tokens, targets):
         seen.append((tokens.tolist(), targets.tolist()))
-        return model(tokens, targets, plan=plan)
+        return model(tokens, targets, plan=t.depth_plan(cfg, looped=True))
 
     text = text_of(tiny_cfg, 70).tokens
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     cfg = dataclasses.replace(tiny_cfg, ttt_epochs=1)
-    t.adapt(forward, model, sgd, text, t.depth_plan(cfg, looped=True), cfg, rt)
+    t.adapt(forward, model, sgd, text, cfg, rt)
     rows = [row for tokens, _ in seen for row in tokens]
     assert rows == [text[:32].tolist(), text[32:64].tolist()]
     assert seen[0][1][-1][-1] == text[64]

@@ -128,9 +128,8 @@ def calibrate(cfg, rt, dataset, looped, log):
         seed=0,
     )
     plan = t.depth_plan(cfg, looped=looped)
-    budget = t.Budget()
-    with budget.phase("calibration"):
-        found = t.collect_hessians(model, loader, 5, plan, cfg, rt, log, budget)
+    with rt.budget.phase("calibration"):
+        found = t.collect_hessians(model, loader, 5, plan, cfg, rt, log)
     return model, loader, plan, found
 
 

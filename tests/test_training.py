@@ -29,7 +29,7 @@ def fresh(cfg):
 def run_train(cfg, rt, log, loader, validate=None, forward=None):
     model = fresh(cfg)
     validate = validate or (lambda plan, prefix: None)
-    trained = t.train(forward or model, model, loader, validate, cfg, rt, log, t.Budget())
+    trained = t.train(forward or model, model, loader, validate, cfg, rt, log)
     return model, trained
 
 
@@ -111,7 +111,7 @@ def test_warm_up_leaves_no_trace(tiny_cfg, rt, loader, silent_log):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
-    trained = t.train(model, model, loader, lambda *a: None, cfg, rt, silent_log, t.Budget())
+    trained = t.train(model, model, loader, lambda *a: None, cfg, rt, silent_log)
     cold, _ = run_train(cfg, rt, silent_log, loader)
     assert trained.steps == 6
     for name, tensor in cold.state_dict().items():
@@ -140,7 +140,7 @@ def test_recurrence_starts_at_its_part_of_training_and_is_logged(tiny_cfg, rt, l
         return model(tokens, targets, plan=plan)
 
     with t.Log(str(tmp_path), "loop") as log:
-        trained = t.train(forward, model, loader, lambda *a: None, cfg, rt, log, t.Budget())
+        trained = t.train(forward, model, loader, lambda *a: None, cfg, rt, log)
     assert trained == (20, True)
     assert seen == [11] * 7 * cfg.micro_batches(1) + [17] * 13 * cfg.micro_batches(1)
     assert (
@@ -173,7 +173,7 @@ def test_the_clock_ends_training_and_validation_is_off_it(tiny_cfg, rt, loader, 
         gptq_reserve_seconds=0.5,
         val_loss_every=2,
     )
-    budget, calls = t.Budget(), []
+    budget, calls = rt.budget, []
 
     def validate(plan, prefix):
         with budget.phase("diagnostic"):
@@ -182,7 +182,7 @@ def test_the_clock_ends_training_and_validation_is_off_it(tiny_cfg, rt, loader, 
 
     with t.Log(str(tmp_path), "clock") as log:
         model = fresh(cfg)
-        trained = t.train(model, model, loader, validate, cfg, rt, log, budget)
+        trained = t.train(model, model, loader, validate, cfg, rt, log)
     assert 1 < trained.steps < cfg.iterations
     assert calls == [f"{n}/{cfg.iterations}" for n in range(2, trained.steps, 2)]
     assert budget.seconds["diagnostic"] == pytest.approx(0.2 * len(calls), rel=0.3)
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_facts(
         return loss * math.nan if len(calls) == at * cfg.micro_batches(1) else loss
 
     with pytest.raises(t.DivergenceError) as error:
-        t.train(forward, model, loader, lambda *a: None, cfg, rt, silent_log, t.Budget())
+        t.train(forward, model, loader, lambda *a: None, cfg, rt, silent_log)
     text = str(error.value)
     assert "the training loss is not finite" in text
     for fact in ("step ", "last finite loss", "matrix=0.0", "embedding=0.0", "scalar=0.0"):
@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_in_the_very_last_step_is_found(tiny_cfg, rt, 
         return loss * math.inf if len(calls) == 2 * cfg.micro_batches(1) else loss
 
     with pytest.raises(t.DivergenceError):
-        t.train(forward, model, loader, lambda *a: None, cfg, rt, silent_log, t.Budget())
+        t.train(forward, model, loader, lambda *a: None, cfg, rt, silent_log)
 
 
 def test_the_log_gives_throughput_and_utilisation(tiny_cfg, rt, loader, tmp_path, monkeypatch):
