@@ -1651,35 +1651,55 @@ def warm_up(
 
 
 class StepLog:
-    """Writes the training lines: loss, time, throughput, and model-FLOP utilisation."""
+    """Writes the training lines: loss, time, throughput, and model-FLOP utilisation.
+
+    Attributes: curve, the losses that were logged; durations, seconds of each step by depth plan.
+    """
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime, log: Log):
         self.model, self.cfg, self.rt, self.log = model, cfg, rt, log
         self.show, self.curve = log.progress("train"), []
-        self.mark = (0, 0.0)  # step and seconds of the last line, for the recent speed
+        self.durations, self.begun = collections.defaultdict(list), None
 
-    def __call__(
-        self, step: int, seconds: float, frac: float, loss: Tensor, plan: DepthPlan
-    ) -> None:
-        """`seconds` were agreed on before this step; `loss` is this rank's part of the mean."""
-        cfg = self.cfg
+    def begin(self, seconds: float, plan: DepthPlan) -> None:
+        """A step begins, or training ends, at this time on the training clock."""
+        if self.begun:
+            before, last_plan = self.begun
+            self.durations[last_plan].append(seconds - before)
+        self.begun = seconds, plan
+
+    def end(self, step: int, frac: float, loss: Tensor) -> None:
+        """The step was enqueued; `loss` is this rank's part of its mean loss."""
+        cfg, (seconds, plan) = self.cfg, self.begun
         self.show(frac, f"step:{step}/{cfg.iterations}")
         if step > 5 and step % cfg.train_log_every:
             return
         mean = loss.clone()
         self.rt.sum_(mean)
-        steps, elapsed = step - 1 - self.mark[0], seconds - self.mark[1]
-        self.mark = (step - 1, seconds)
-        speed = (step - 1) * cfg.train_batch_tokens / max(seconds, 1e-9)
-        recent = steps * cfg.train_batch_tokens / max(elapsed, 1e-9)
-        flops = recent * self.model.flops_per_token(plan, cfg.train_seq_len) / self.rt.world_size
-        peak = self.rt.peak_flops()
-        used = f"mfu: {flops / peak:.3f}" if peak else f"tflops: {flops / 1e12:.3f}"
         self.curve.append(dict(step=step, train_loss=mean.item(), train_seconds=seconds))
-        line = (
-            f"{step}/{cfg.iterations} train_loss: {mean.item():.4f} train_time: {seconds / 60:.1f}m"
-        )
-        self.log.line(line + (f" tok/s: {speed:.0f} {used}" if steps else ""))
+        line = f"{step}/{cfg.iterations} train_loss: {mean.item():.4f} "
+        line += f"train_time: {seconds / 60:.1f}m"
+        if step > 1:
+            line += f" tok/s: {(step - 1) * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}"
+        if recent := self.durations[plan][-cfg.train_log_every :]:
+            line += " " + self.utilisation(plan, max(float(np.median(recent)), 1e-9))
+        self.log.line(line)
+
+    def utilisation(self, plan: DepthPlan, step_seconds: float) -> str:
+        """Model-FLOP utilisation of a device, or its speed where its peak is not known."""
+        tokens = self.cfg.train_batch_tokens / self.rt.world_size
+        work = tokens * self.model.flops_per_token(plan, self.cfg.train_seq_len)
+        speed, peak = work / step_seconds, self.rt.peak_flops()
+        return f"mfu: {speed / peak:.3f}" if peak else f"tflops: {speed / 1e12:.3f}"
+
+    def close(self) -> None:
+        """Say how long a step took in each depth plan, and keep the facts."""
+        medians = {
+            f"{len(plan.visits)}_visits": round(1e3 * float(np.median(times)), 3)
+            for plan, times in self.durations.items()
+        }
+        self.log.line("step_ms " + " ".join(f"{key}:{value}" for key, value in medians.items()))
+        self.log.put(curve=self.curve, step_ms=medians)
 
 
 def train(
@@ -1696,8 +1716,7 @@ def train(
     Args:
         forward: the model, perhaps compiled.
         validate: called every VAL_LOSS_EVERY steps with the plan and a line prefix; it opens a
-        phase of
-            its own, so the clock of training stands still.
+            phase of its own, so the clock of training stands still.
     Raises: DivergenceError on all ranks once the loss of any is not finite.
     """
     plain, looped = (depth_plan(cfg, looped=on) for on in (False, True))
@@ -1711,6 +1730,7 @@ def train(
             watch.check(bad, step - 1, rates)
             frac = training_frac(step, seconds, cfg)
             if frac >= 1:
+                report.begin(seconds, plan)
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 validate(plan, f"{step}/{cfg.iterations}")
@@ -1720,16 +1740,17 @@ def train(
                     f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{plan.encoder} "
                     f"decoder:{plan.decoder}"
                 )
+            report.begin(seconds, plan)
             rates = set_schedule(optimizers, step, frac, cfg)
             loss = train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
             ema.update()
             step += 1
             watch.push(loss)
-            report(step, seconds, frac, loss, plan)
+            report.end(step, frac, loss)
         watch.push(None)
         watch.check(rt.agree_max(watch.bad)[0], step, rates)
         ema.store()
-    log.put(curve=report.curve)
+    report.close()
     if step < cfg.iterations:
         log.line(
             f"stopping_early: wallclock_cap train_time: {seconds * 1e3:.0f}ms "
@@ -2571,10 +2592,9 @@ def train_model(
         warm_up(forward, model, loader, cfg, rt, log)
     trained = train(forward, model, loader, validate, cfg, rt, log)
     if rt.device.type == "cuda":
-        log.line(
-            f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-            f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"
-        )
+        used, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        log.line(f"peak memory allocated: {used >> 20} MiB reserved: {kept >> 20} MiB")
+        log.put(peak_memory_bytes=used)
     return model, forward, trained
 
 
