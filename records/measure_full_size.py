@@ -84,7 +84,8 @@ def readme(record: dict, environment: dict[str, str]) -> str:
     runtime, stages = record["runtime"], record["stages"]
     places = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR")
     command = " ".join(f"{k}={v}" for k, v in environment.items() if k not in places)
-    rows = [f"| {k} | {v} | {PUBLISHED.get(k, '')} |" for k, v in findings(record).items()]
+    found = findings(record)
+    rows = [f"| {name} | {value} | {PUBLISHED.get(name, '')} |" for name, value in found.items()]
     scores = [
         f"| {name} | {s['val_loss']:.5f} | {s['val_bpb']:.5f} |" for name, s in stages.items()
     ]
@@ -97,7 +98,7 @@ def readme(record: dict, environment: dict[str, str]) -> str:
             f"{data['val_tokens']:,} targets ({data['val_bytes']:,} bytes) of text that is not the "
             "challenge's validation set. The scores compare with each other alone.",
             "",
-            f"n = 1. {runtime['device']}, {runtime['world_size']} rank(s), torch {runtime['torch']}, "
+            f"n = 1. {runtime['device']}, torch {runtime['torch']}, "
             f"{record['result']['steps']} steps in {record['result']['train_seconds']} s. "
             f"Log: `{record['run_id']}.txt`, facts: `{record['run_id']}.json`; this page is made "
             "from the latter.",
