@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
-"""Train a small GPT for ten minutes, squeeze it into 16,000,000 bytes, and score it in bits per
-byte.
+"""Train a small GPT for ten minutes, squeeze it into 16,000,000 bytes, score it in bits per byte.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition, on 8xH100
-    python train_gpt.py                                      # one GPU, or a laptop: same code path
-    python train_gpt.py --help                               # every setting, with no GPU and no
-    data
+    python train_gpt.py                                      # one GPU, or a laptop: one code path
+    python train_gpt.py --help                               # every setting, no GPU, no data
 
 Every setting is an environment variable. The file reads in the order the program runs:
 Configuration, Runtime, Data, Model, Optimizer, Training, Quantization, Artifact, Evaluation, Main.
@@ -48,8 +46,7 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------
 # 1  Configuration
 # A setting is one line of Config; its environment variable is the field's name in capitals. All
-# problems are found before anything is loaded, and reported together. The defaults are system
-# #1493.
+# problems are found before anything is loaded, and reported together. Defaults: system #1493.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -468,11 +465,8 @@ def help_text() -> str:
 # calls.
 # ---------------------------------------------------------------------------------------------
 
-PEAK_BF16_FLOPS = {
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "A100": 311.9e12,
-}  # dense, vendor's data sheets
+# Dense bf16 operations per second of one device, by the vendor's data sheets.
+PEAK_BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 311.9e12}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
 
 
@@ -536,16 +530,13 @@ class Runtime:
     def __init__(self, cfg: Config, env: Mapping[str, str]):
         self.rank, self.world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
         self.is_main = self.rank == 0
-        cuda = torch.cuda.is_available()
-        self.device = (
-            torch.device("cuda", int(env.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        )
-        chosen = {"auto": "bfloat16" if cuda else "float32"}.get(
-            cfg.compute_dtype, cfg.compute_dtype
-        )
-        self.compute_dtype = getattr(torch, chosen)
-        self.budget = Budget(self.synchronize)
+        cuda, dtype = torch.cuda.is_available(), cfg.compute_dtype
+        self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+        if dtype == "auto":
+            dtype = "bfloat16" if cuda else "float32"
+        self.compute_dtype = getattr(torch, dtype)
         self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
+        self.budget = Budget(self.synchronize)
 
     def __enter__(self) -> Runtime:
         if self.device.type == "cuda":
@@ -568,9 +559,8 @@ class Runtime:
         if self.world_size > 1:
             flat = torch.cat([t.reshape(-1) for t in tensors])
             dist.all_reduce(flat)
-            for tensor, total in zip(
-                tensors, flat.split([t.numel() for t in tensors]), strict=True
-            ):
+            totals = flat.split([t.numel() for t in tensors])
+            for tensor, total in zip(tensors, totals, strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -631,9 +621,8 @@ class Runtime:
 
     def share(self, count: int) -> slice:
         """This rank's contiguous part of `count` items; parts differ by one item at most."""
-        return slice(
-            count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
-        )
+        first, stop = (count * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(first, stop)
 
     def peak_flops(self) -> float | None:
         """Dense bf16 operations per second of one device by its data sheet, if it is known."""
@@ -697,8 +686,9 @@ class Log:
 
     def __init__(self, folder: str, run_id: str, *, enabled: bool = True, stream=None):
         self.folder, self.run_id, self.enabled = Path(folder), run_id, enabled
-        self.stream, self.record = stream or sys.stdout, {}
-        self.bar, self.file = self.stream.isatty(), None
+        self.stream, self.record, self.file = stream or sys.stdout, {}, None
+        self.bar = self.stream.isatty()
+        self.pause_seconds = self.BAR_SECONDS if self.bar else self.PLAIN_SECONDS
         if enabled:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -745,9 +735,7 @@ class Log:
         def show(part: float, note: str = "") -> None:
             nonlocal shown
             now = time.monotonic()
-            if not self.enabled or now - shown < (
-                self.BAR_SECONDS if self.bar else self.PLAIN_SECONDS
-            ):
+            if not self.enabled or now - shown < self.pause_seconds:
                 return
             shown = now
             left = f"{(now - started) * (1 - part) / part:.0f}s" if part > 0 else "?"
@@ -765,8 +753,7 @@ class Log:
 # 3  Data
 # A shard is 256 little-endian int32 words (magic, version, count, zeros) and then that many
 # little-endian uint16 token ids. The order of the training windows is a pure function of seed and
-# shards, the same for any number of ranks. Bytes are charged per target, once, here and nowhere
-# else.
+# shards, the same for any number of ranks. Bytes are charged per target, here and nowhere else.
 # ---------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -871,21 +858,19 @@ class Loader:
         return out
 
     def batches(self, rt: Runtime, rows: int, first: int = 0) -> Iterator[Tensor]:
-        """This rank's part of step after step: (rows / world_size, seq_len + 1) int64 on the
-        device.
+        """This rank's part of step after step, read ahead by a thread.
 
         Args:
             rows: windows of one step over all ranks.
             first: window with which the first step begins.
+        Yields: (this rank's rows, seq_len + 1) int64 on the device. Close it to end the thread.
         """
-        mine = rt.share(rows)
+        mine, queue = rt.share(rows), collections.deque()
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            starts = itertools.count(first + mine.start, rows)
-            read = lambda: reader.submit(self.windows, next(starts), mine.stop - mine.start)  # noqa: E731
-            queue = collections.deque(read() for _ in range(self.PREFETCH_STEPS))
-            while True:
-                queue.append(read())
-                yield rt.to_device(queue.popleft().result())
+            for start in itertools.count(first + mine.start, rows):
+                queue.append(reader.submit(self.windows, start, mine.stop - mine.start))
+                if len(queue) > self.PREFETCH_STEPS:
+                    yield rt.to_device(queue.popleft().result())
 
 
 def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -895,7 +880,7 @@ def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """What each token adds to the text, for the rules of SYSTEMS 1.0.2 in the field's own tables.
+    """What each token adds to the text: the three tables by which this field charges bytes.
 
     Attributes (one entry per token id): base_bytes, UTF-8 length without the leading space;
     leading_space, whether the piece begins with a space; is_boundary, control and unused ids, after
@@ -933,25 +918,16 @@ class ByteTable:
                 "TOKENIZER_PATH to the tokenizer of the shards"
             )
         pieces = [model.id_to_piece(i) for i in range(vocab_size)]
-        silent = np.array(
-            [
-                model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-                for i in range(vocab_size)
-            ]
-        )
+        is_silent = (model.is_control, model.is_unknown, model.is_unused)
+        silent = np.array([any(test(i) for test in is_silent) for i in range(vocab_size)])
         single = np.array([model.is_byte(i) for i in range(vocab_size)])
         space = np.array([p.startswith(cls.SPACE) for p in pieces]) & ~silent & ~single
         base = [
             0 if s else 1 if b else len(p.removeprefix(cls.SPACE).encode())
             for p, s, b in zip(pieces, silent, single, strict=True)
         ]
-        table = cls(
-            np.array(base, np.int16),
-            space,
-            silent,
-            model.bos_id(),
-            hashlib.sha256(blob).hexdigest(),
-        )
+        digest = hashlib.sha256(blob).hexdigest()
+        table = cls(np.array(base, np.int16), space, silent, model.bos_id(), digest)
         table.refuse_miscounting(model, pieces, path)
         return table
 
@@ -985,20 +961,10 @@ class ByteTable:
         return self.base_bytes[target] + (self.leading_space[target] & ~self.is_boundary[previous])
 
 
-# Short texts on which tokenizers of this field were miscounted: spaces of every kind at every
-# place.
-BYTE_PROBES = (
-    " a",
-    "a  b",
-    "\u2581a",
-    "\u2581\u2581a",
-    "a\u2581",
-    "\u3000a\u00a0b",
-    "\u00a8a",
-    "a\tb\nc ",
-    "\u200d\u00e9\u0301\U0001f468\u200d\U0001f469",
-    "<s>a</s>",
-    "\ufb01\u2460\u0130\x00",
+# Short texts on which tokenizers of this field were miscounted: spaces of every kind, everywhere.
+BYTE_PROBES = tuple(
+    " a|a  b|\u2581a|\u2581\u2581a|a\u2581|\u3000a\u00a0b|\u00a8a|a\tb\nc |<s>a</s>"
+    "|\ufb01\u2460\u0130\0|\u200d\u00e9\u0301\U0001f468\u200d\U0001f469".split("|")
 )
 
 
@@ -1017,8 +983,8 @@ class ValidationTokens:
         """Read the validation shards.
 
         Args:
-            seq_len: whole windows of it are kept, as published scores do; a shorter text is kept
-            whole. limit: keep only so many targets, 0: all.
+            seq_len: whole windows of it are kept, as published scores do; less is kept whole.
+            limit: keep only so many targets, 0: all.
         Raises: DataError for a bad shard, a foreign token or a text that does not open with BOS.
         """
         tokens = np.concatenate([read_shard(path) for path in paths])
@@ -1577,9 +1543,9 @@ def train_step(
     cfg: Config,
     rt: Runtime,
 ) -> Tensor:
-    """One optimizer step on this rank's windows (rows, T + 1); returns its part of the mean loss,
-    ().
+    """One optimizer step on this rank's windows (rows, T + 1).
 
+    Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
     Changes the model and the optimizers in place.
     """
     count = cfg.micro_batches(rt.world_size) * rt.world_size
@@ -1640,12 +1606,11 @@ def warm_up(
             optimizers = make_optimizers(model, cfg, rt)
             name = "loop_warmup_step" if plan.visits[cfg.num_layers :] else "warmup_step"
             show = log.progress(name)
-            for step, windows in zip(
-                range(cfg.warmup_steps), loader.batches(rt, rows), strict=False
-            ):
-                set_schedule(optimizers, step, 0.0, cfg)
-                train_step(forward, windows, plan, model, optimizers, cfg, rt)
-                show((step + 1) / cfg.warmup_steps)
+            with contextlib.closing(loader.batches(rt, rows)) as batches:
+                for step in range(cfg.warmup_steps):
+                    set_schedule(optimizers, step, 0.0, cfg)
+                    train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
+                    show((step + 1) / cfg.warmup_steps)
             model.load_state_dict(weights)
             log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
 
