@@ -291,12 +291,16 @@ class Config:
 
     @property
     def dataset_dir(self) -> Path:
-        default = Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}"
+        variant = "byte260" if self.vocab_size == 260 else f"sp{self.vocab_size}"
+        default = Path(self.data_dir) / "datasets" / f"fineweb10B_{variant}"
         return Path(self.data_path) if self.data_path else default
 
     @property
     def tokenizer_file(self) -> Path:
-        default = Path(self.data_dir) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model"
+        pure_byte, bpe = "fineweb_pure_byte_260.json", f"fineweb_{self.vocab_size}_bpe.model"
+        default = (
+            Path(self.data_dir) / "tokenizers" / (pure_byte if self.vocab_size == 260 else bpe)
+        )
         return Path(self.tokenizer_path) if self.tokenizer_path else default
 
     @property
@@ -791,11 +795,52 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split (`train` or `val`) in a folder, in order; DataError if none."""
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    """The shards of a split (`train`, `val`, `val_bytes`), in order; DataError if none."""
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise DataError(f"{folder}: no fineweb_{split}_*.bin there; {GET_DATA}")
     return paths
+
+
+def set_fingerprint(shards: Sequence[Path], tokenizer: Path) -> str:
+    """A name for the content of a token set, cheap enough for each run: 32 hex digits.
+
+    Covers the tokenizer and every shard below 64 MiB whole; of a longer one its length and 64
+    blocks of 64 KiB, evenly spread. Folder names and dates do not matter.
+    """
+    block, count = 1 << 16, 64
+    digest = hashlib.sha256(hashlib.sha256(tokenizer.read_bytes()).digest())
+    for path in sorted(shards, key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        starts = range(0, size, block)
+        if size > 1024 * block:
+            starts = [(size - block) * part // (count - 1) for part in range(count)]
+        with open(path, "rb") as stream:
+            for start in starts:
+                stream.seek(start)
+                digest.update(stream.read(block))
+    return digest.hexdigest()[:32]
+
+
+def data_proof(folder: Path, tokenizer: Path, *, trains: bool) -> dict[str, Any]:
+    """Read the headers of a set, and look for the proof that data/verify_dataset.py leaves.
+
+    Args:
+        trains: whether the run reads training shards; else the proof of the validation text counts.
+    Returns: data_fingerprint, and data_verified: whether verified.json vouches for just this set.
+    Raises: DataError for a shard whose header and size disagree.
+    """
+    shards = [*find_shards(folder, "val"), *folder.glob("fineweb_val_bytes_[0-9]*.bin")]
+    shards += find_shards(folder, "train") if trains else []
+    for path in shards:
+        read_shard(path)
+    fingerprint, proof = set_fingerprint(shards, tokenizer), {}
+    if (folder / "verified.json").exists():
+        with contextlib.suppress(ValueError, TypeError):  # a damaged proof proves nothing
+            proof = dict(json.loads((folder / "verified.json").read_text(encoding="utf-8")))
+    vouched = proof.get("fingerprint" if trains else "validation_fingerprint")
+    return dict(data_fingerprint=fingerprint, data_verified=vouched == fingerprint)
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
@@ -892,22 +937,38 @@ class ByteTable:
     is_boundary: np.ndarray
     bos: int
     digest: str
+    has_marks: bool = False  # CaseOps: only the byte sidecar knows what a token is charged
 
     SPACE = "\u2581"  # SentencePiece's mark for a space
 
     @classmethod
-    def from_sentencepiece(cls, path: Path, vocab_size: int) -> ByteTable:
-        """Read a SentencePiece model.
+    def from_file(cls, path: Path, vocab_size: int) -> ByteTable:
+        """Read a SentencePiece model, or the JSON file of the byte260 tokenizer.
 
         Raises: DataError if the file is missing, has another vocabulary, or would break the count:
         the bytes charged for a document must be those of the text that its tokens decode to.
         """
-        import sentencepiece
-
         try:
             blob = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}: the tokenizer; {GET_DATA}") from error
+        read = cls.from_byte260 if path.suffix == ".json" else cls.from_sentencepiece
+        return read(path, blob, vocab_size)
+
+    @classmethod
+    def from_byte260(cls, path: Path, blob: bytes, vocab_size: int) -> ByteTable:
+        """Four control ids, then the 256 byte values; each charged as it is."""
+        if vocab_size != BYTE_OFFSET + 256 or b'"pure_byte"' not in blob:
+            raise DataError(f"{path}: expected the byte260 tokenizer and VOCAB_SIZE=260")
+        control = np.arange(vocab_size) < BYTE_OFFSET
+        digest = hashlib.sha256(blob).hexdigest()
+        return cls((~control).astype(np.int16), np.zeros_like(control), control, 1, digest)
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path, blob: bytes, vocab_size: int) -> ByteTable:
+        """The tables of a SentencePiece model with byte fallback."""
+        import sentencepiece
+
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=blob)
         except RuntimeError as error:
@@ -927,7 +988,8 @@ class ByteTable:
             for p, s, b in zip(pieces, silent, single, strict=True)
         ]
         digest = hashlib.sha256(blob).hexdigest()
-        table = cls(np.array(base, np.int16), space, silent, model.bos_id(), digest)
+        has_marks = set(pieces) >= CASEOPS_MARKS
+        table = cls(np.array(base, np.int16), space, silent, model.bos_id(), digest, has_marks)
         table.refuse_miscounting(model, pieces, path)
         return table
 
@@ -961,6 +1023,8 @@ class ByteTable:
         return self.base_bytes[target] + (self.leading_space[target] & ~self.is_boundary[previous])
 
 
+BYTE_OFFSET = 4  # byte260: pad, bos, eos, unk come before the byte values
+CASEOPS_MARKS = frozenset("\ue001\ue002\ue003\ue004")  # as in data/caseops.py
 # Short texts on which tokenizers of this field were miscounted: spaces of every kind, everywhere.
 BYTE_PROBES = tuple(
     " a|a  b|\u2581a|\u2581\u2581a|a\u2581|\u3000a\u00a0b|\u00a8a|a\tb\nc |<s>a</s>"
@@ -1000,8 +1064,24 @@ class ValidationTokens:
         kept = min(found, limit or found)
         if not limit and kept >= seq_len:
             kept -= kept % seq_len
-        tokens = tokens[: kept + 1]
-        return cls(tokens, table.charge(tokens), found - kept)
+        charged = cls.charge(paths, tokens, table)
+        return cls(tokens[: kept + 1], charged[:kept], found - kept)
+
+    @staticmethod
+    def charge(paths: Sequence[Path], tokens: np.ndarray, table: ByteTable) -> np.ndarray:
+        """Bytes of tokens[1:]: by the table, or by the sidecar if the tokenizer has CaseOps marks.
+
+        Raises: DataError if there has to be a sidecar and is none, or if it is of another set.
+        """
+        if not table.has_marks:
+            return table.charge(tokens)
+        sidecar = np.concatenate([read_shard(p) for p in find_shards(paths[0].parent, "val_bytes")])
+        if len(sidecar) != len(tokens) or sidecar[tokens == table.bos].any():
+            raise DataError(
+                f"{paths[0].parent}: the byte sidecar ({len(sidecar):,} entries) is not of these "
+                f"{len(tokens):,} validation tokens; fetch or build both again"
+            )
+        return sidecar[1:].astype(np.int16)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2405,7 +2485,7 @@ def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> di
     """Bits per byte of general compressors on the scored text; empty if it is large."""
     if val.target_bytes.sum(dtype=np.int64) > BASELINE_MAX_BYTES:
         return {}
-    text = "".join(decode_documents(val.tokens, tokenizer, bos)).encode()
+    text = b"".join(decode_documents(val.tokens, tokenizer, bos))
     xz = codec("lzma")
     sizes = {"xz-9e": len(xz.compress(text, preset=9 | xz.PRESET_EXTREME))}
     with contextlib.suppress(ConfigError):  # brotli is optional
@@ -2413,14 +2493,17 @@ def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> di
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[str]:
-    """The documents of a token stream, as text."""
+def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[bytes]:
+    """The documents of a token stream, as UTF-8; CaseOps marks are left in."""
+    starts = np.flatnonzero(tokens == bos)
+    parts = (part[part != bos] for part in np.split(tokens, starts[starts > 0]))
+    if tokenizer.suffix == ".json":
+        yield from ((part - BYTE_OFFSET).astype(np.uint8).tobytes() for part in parts)
+        return
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    starts = np.flatnonzero(tokens == bos)
-    for part in np.split(tokens, starts[starts > 0]):
-        yield model.decode(part[part != bos].tolist())
+    yield from (model.decode(part.tolist()).encode() for part in parts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2441,10 +2524,12 @@ def run(cfg: Config, rt: Runtime, log: Log) -> None:
     with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
         select_attention(cfg.attention, rt.device, rt.compute_dtype)
-        table = ByteTable.from_sentencepiece(cfg.tokenizer_file, cfg.vocab_size)
+        table = ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
         shards = find_shards(cfg.dataset_dir, "val")
         val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
-    announce_text(val, table, cfg, rt, log)
+        trains = not cfg.artifact
+        proof = data_proof(cfg.dataset_dir, cfg.tokenizer_file, trains=trains) if rt.is_main else {}
+    announce_text(val, table, proof, cfg, rt, log)
     steps = 0 if cfg.artifact else produce(table, val, cfg, rt, log)
     path = Path(cfg.artifact) if cfg.artifact else log.path("bin")
     score = score_artifact(path, table, val, cfg, rt, log)
@@ -2477,7 +2562,7 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
 
 
 def announce_text(
-    val: ValidationTokens, table: ByteTable, cfg: Config, rt: Runtime, log: Log
+    val: ValidationTokens, table: ByteTable, proof: dict, cfg: Config, rt: Runtime, log: Log
 ) -> None:
     """What is scored, and what general compressors make of it."""
     facts = dict(
@@ -2485,10 +2570,17 @@ def announce_text(
         val_bytes=int(val.target_bytes.sum(dtype=np.int64)),
         dropped_tail=val.dropped,
         tokenizer_sha256=table.digest,
+        **proof,
     )
     log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
+    if rt.is_main and not proof["data_verified"]:
+        log.line(
+            f"warning: {cfg.dataset_dir} has no proof of clean data; check it once with "
+            f"python data/verify_dataset.py {cfg.dataset_dir} --tokenizer {cfg.tokenizer_file}"
+        )
     with rt.budget.phase("baseline"):
-        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if rt.is_main else {}
+        plain = rt.is_main and not table.has_marks  # a transformed text is not what is charged
+        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if plain else {}
     for name, bpb in baselines.items():
         log.line(f"baseline {name} val_bpb:{bpb:.4f}")
     log.put(data=facts, baselines=baselines)

@@ -252,9 +252,9 @@ def test_a_chunk_is_cut_into_whole_sequences(tiny_cfg, rt, silent_log):
 def test_general_compressors_are_measured_on_the_decoded_text(dataset, tiny_cfg):
     import lzma
 
-    table = t.ByteTable.from_sentencepiece(dataset / "tokenizer.model", tiny_cfg.vocab_size)
+    table = t.ByteTable.from_file(dataset / "tokenizer.model", tiny_cfg.vocab_size)
     val = t.ValidationTokens.load(t.find_shards(dataset, "val"), table, seq_len=32)
-    text = "".join(t.decode_documents(val.tokens, dataset / "tokenizer.model", table.bos)).encode()
+    text = b"".join(t.decode_documents(val.tokens, dataset / "tokenizer.model", table.bos))
     found = t.compressor_baselines(val, dataset / "tokenizer.model", table.bos)
     assert set(found) == {"xz-9e", "brotli-11"}
     size = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))

@@ -118,6 +118,23 @@ def test_the_json_tells_all_that_a_stranger_needs(finished):
     assert {"data", "warm-up", "train", "calibration", "quantization", "compression"} <= set(phases)
 
 
+def test_a_run_says_whether_its_data_were_verified(finished, tmp_path):
+    _, _, text, record, _ = finished
+    assert record["data"]["data_verified"] is False
+    assert "has no proof of clean data; check it once with python data/verify_dataset.py" in text
+    sample = t.data_proof(t.SAMPLE_DIR, t.SAMPLE_DIR / "tokenizer.model", trains=True)
+    assert sample["data_verified"] is True
+    copy = copy_dataset(t.SAMPLE_DIR, tmp_path / "copy")
+    assert t.data_proof(copy, copy / "tokenizer.model", trains=True) == sample
+    shard = copy / "fineweb_train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    changed = t.data_proof(copy, copy / "tokenizer.model", trains=True)
+    assert changed["data_verified"] is False
+    assert changed["data_fingerprint"] != sample["data_fingerprint"]
+    (copy / "verified.json").write_text("[1]")
+    assert t.data_proof(copy, copy / "tokenizer.model", trains=False)["data_verified"] is False
+
+
 def test_the_artifact_alone_gives_the_same_score_to_the_last_digit(finished, tmp_path):
     env, _, _, record, blob = finished
     lonely = tmp_path / "elsewhere"  # a folder with the validation text and nothing else
