@@ -102,7 +102,7 @@ class Config:
 
     # Run
     run_id: str = knob("", "name of the run's files under LOG_DIR; empty: date, time and seed")
-    seed: int = knob(1337, "seed of the initial weights and of the data order", low=0)
+    seed: int = knob(1337, "seed of initial weights and data order", low=0, high=2**63 - 1)
     log_dir: str = knob("logs", "folder of the run's log, JSON and artifact")
     smoke: str = knob(
         "auto",
@@ -346,22 +346,23 @@ SMOKE = dict(
     data_path=str(SAMPLE_DIR),
     tokenizer_path=str(SAMPLE_DIR / "tokenizer.model"),
     vocab_size=1024,
-    model_dim=128,
-    num_heads=8,
-    num_kv_heads=4,
+    model_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    qk_gain_init=2.5,
     train_seq_len=256,
     rope_train_seq_len=256,
     eval_seq_len=256,
-    eval_stride=64,
-    train_batch_tokens=4096,
+    train_batch_tokens=1024,
     micro_batch_tokens=4096,
-    max_wallclock_seconds=100.0,
-    gptq_reserve_seconds=5.0,
+    max_wallclock_seconds=75.0,
+    gptq_reserve_seconds=3.0,
     warmup_steps=1,
     ema_decay=0.97,
-    muon_momentum=0.95,
+    muon_momentum=0.9,
+    muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=100,
-    train_log_every=25,
+    train_log_every=50,
     ttt_chunk_tokens=8192,
 )
 SMOKE_BLOCKERS = frozenset(
@@ -422,11 +423,12 @@ def parse_value(setting: dataclasses.Field, text: str) -> Any:
         return text
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
+        finite = math.isfinite(value)
+    except (ValueError, OverflowError):
+        value, finite = math.nan, False
     low, high = meta["low"], meta["high"]
     in_range = (low is None or value >= low) and (high is None or value <= high)
-    if not (math.isfinite(value) and in_range):
+    if not (finite and in_range):
         noun = "a whole number" if kind is int else "a number"
         raise ValueError(f"expected {noun}{describe_range(setting)}")
     return value
@@ -672,12 +674,13 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         part.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            part.unlink(missing_ok=True)
         raise ArtifactError(
             f"{path}: could not write {len(data):,} bytes: {error.strerror}; free some "
             "space or set LOG_DIR to another disk"
         ) from error
+    finally:  # gone already if all went well; also if the run is interrupted
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            part.unlink(missing_ok=True)
 
 
 class Log:
@@ -697,12 +700,12 @@ class Log:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.file = open(self.path("txt"), "x", encoding="utf-8")  # noqa: SIM115
-            except FileExistsError as error:
-                raise ConfigError(
-                    f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
-                    "or remove that run"
-                ) from error
             except OSError as error:
+                if self.path("txt").exists():
+                    raise ConfigError(
+                        f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
+                        "or remove that run"
+                    ) from error
                 raise ConfigError(
                     f"LOG_DIR={folder}: {error.strerror}; choose another folder"
                 ) from error
@@ -713,8 +716,10 @@ class Log:
     def __exit__(self, kind, error, trace) -> None:
         if self.enabled:
             if error is not None:
-                self.put(error=f"{kind.__name__}: {error}")
-            self.file.close()
+                with contextlib.suppress(ArtifactError):  # the first error is the one to report
+                    self.put(error=f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # what the disk refuses now, it refused before
+                self.file.close()
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.run_id}.{suffix}"
@@ -723,7 +728,13 @@ class Log:
         """One event, one line, on the console and in the file."""
         if self.enabled:
             print("\r\x1b[K" * self.bar + text, file=self.stream, flush=True)
-            print(text, file=self.file, flush=True)
+            try:
+                print(text, file=self.file, flush=True)
+            except OSError as error:
+                raise ArtifactError(
+                    f"{self.path('txt')}: could not write a line: {error.strerror}; free some "
+                    "space or set LOG_DIR to another disk"
+                ) from error
 
     def put(self, **facts: Any) -> None:
         """Add facts to the JSON and save it, so that a run that is cut off leaves what it knew."""
@@ -1006,6 +1017,13 @@ class ByteTable:
             (bool(inner), f"piece {inner[:1]} has a space past its beginning"),
             (self.bos < 0, "it has no BOS"),
         ]
+        # Piece by piece, after one that opens no word: a decoder may rewrite what it is given.
+        plain = [i for i, s in enumerate(self.is_boundary) if not s and not model.is_byte(i)]
+        for first in [i for i in plain if not self.leading_space[i]][:1]:
+            for i, text in zip(plain, model.decode([[first, i] for i in plain]), strict=True):
+                charged = int(self.charge(np.array([self.bos, first, i])).sum())
+                fault = f"piece {pieces[i]!r} is miscounted"
+                faults.append((charged != len(text.encode()), fault))
         for text in BYTE_PROBES:
             ids = model.encode(text)
             charged = int(self.charge(np.array([self.bos, *ids])).sum())
@@ -1062,7 +1080,7 @@ class ValidationTokens:
         if found < 1:
             raise DataError(f"{paths[0]}: {len(tokens)} validation tokens, expected at least 2")
         kept = min(found, limit or found)
-        if not limit and kept >= seq_len:
+        if kept == found >= seq_len:
             kept -= kept % seq_len
         charged = cls.charge(paths, tokens, table)
         return cls(tokens[: kept + 1], charged[:kept], found - kept)

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import random
 import socket
 import sys
@@ -19,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train_gpt import Config, Log, Runtime  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny; two threads would mostly wait for each other
 BOS = 1
-# The options of SYSTEMS 1.0.1.
+# The options of the public SP tokenizers.
 TOKENIZER_OPTIONS = dict(
     vocab_size=384,
     model_type="bpe",
@@ -55,7 +56,7 @@ def documents(count: int, seed: int) -> list[str]:
 
 
 def train_tokenizer(path: Path, texts: list[str] | None = None, **options) -> Path:
-    """Train a SentencePiece model with the options of SYSTEMS 1.0.1, or others."""
+    """Train a SentencePiece model with the options of the public sets, or others."""
     import sentencepiece
 
     blob = io.BytesIO()
@@ -172,7 +173,7 @@ def gloo(world_size: int, function, *args, timeout: float = 120.0) -> list:
             assert ready, f"ranks {sorted(waiting.values())} hang"
             for pipe in ready:
                 rank = waiting.pop(pipe)
-                error, results[rank] = pipe.recv()
+                error, results[rank] = pickle.loads(pipe.recv_bytes())
                 assert not error, f"rank {rank} failed\n{error}"
     finally:
         for process in ranks:
@@ -188,9 +189,10 @@ def gloo_rank(pipe, env: dict[str, str], function, args) -> None:
     try:
         with Runtime(Config(compute_dtype="float32", compile="0"), env) as rt:
             result = function(rt, *args)
-        pipe.send(("", result))
+        answer = "", result
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        answer = traceback.format_exc(), None
+    pipe.send_bytes(pickle.dumps(answer))  # whole: Pipe.send would share a tensor's memory
 
 
 @pytest.fixture

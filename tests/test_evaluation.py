@@ -170,7 +170,7 @@ def test_a_learning_rate_of_zero_gives_the_static_score_bit_for_bit(tiny_cfg, rt
 
 
 def test_adaptation_equals_a_naive_score_first_loop(tiny_cfg, rt, silent_log):
-    # SYSTEMS 1.9.8: score a chunk, then epochs of SGD on its sequences, cosine over the chunks.
+    # System #1493: score a chunk, then epochs of SGD on its sequences, cosine over the chunks.
     chunk, length = tiny_cfg.ttt_chunk_tokens, tiny_cfg.eval_seq_len
     val = text_of(tiny_cfg, 4 * chunk)
     _, ledger, model, _ = adapted(tiny_cfg, rt, silent_log, val, ttt_lr=0.1, ttt_grad_clip=0.5)

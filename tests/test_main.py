@@ -319,6 +319,19 @@ def test_help_works_from_anywhere(tmp_path):
     assert "MATRIX_CLIP_SIGMAS" in done.stdout
 
 
+def test_a_tight_limit_and_another_compressor_change_the_artifact_and_not_the_pipeline(finished):
+    env, _, _, record, blob = finished
+    changes = {"RUN_ID": "tight", "COMPRESSOR": "zstd", "EMA_DECAY": "0.5", "TTT_MOMENTUM": "0.5"}
+    limit = t.code_bytes() + int(0.8 * len(blob))
+    done = start({**env, **changes, "MAX_TOTAL_BYTES": f"{limit}"})
+    assert done.returncode == 0, done.stderr
+    text, tight, smaller = outputs(env, "tight")
+    assert "too many with clipping ranges x 1.0000; coarser" in text
+    assert f"Total submission size quantized+zstd: {tight['result']['total_bytes']} bytes" in text
+    assert tight["result"]["total_bytes"] == t.code_bytes() + len(smaller) <= limit
+    assert tight["result"]["val_bpb"] < 1.2 * record["result"]["val_bpb"]
+
+
 def test_a_run_id_is_never_overwritten(finished):
     env, _, _, _, blob = finished
     done = start(env)

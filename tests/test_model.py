@@ -1,0 +1,664 @@
+"""Section 4: the model is #1493, its wiring is data, and one forward does it all."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as t
+from train_gpt import GPT, Config, ConfigError, depth_plan
+
+SMALL = Config(
+    vocab_size=40,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=4,
+    mlp_mult=2.0,
+    rope_train_seq_len=16,
+    train_seq_len=16,
+)
+# As logged by #1493 before and after recurrence starts.
+PLAIN = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]
+LOOPED = [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10]
+HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")]
+KERNELS = ["plain", "sdpa", pytest.param("fa3", marks=ON_GPU)]
+
+
+def random_model(cfg, kernel=t.plain_attention, dtype=torch.float32, seed=0):
+    """A model in which no weight is zero or one, so that all of them matter."""
+    model, draw = GPT(cfg, kernel, dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
+    return model
+
+
+def random_tokens(cfg, rows, length, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(cfg.vocab_size, (rows, length), generator=draw)
+
+
+def plans(cfg):
+    return [depth_plan(cfg, looped=looped) for looped in (False, True)]
+
+
+# --- inventory ---
+
+
+@pytest.fixture(scope="module")
+def full():
+    model = GPT(Config())
+    model.init_weights(1337)
+    return model
+
+
+def test_the_default_model_has_35_944_536_parameters(full):
+    assert sum(p.numel() for p in full.parameters()) == 35_944_536
+    assert not list(full.buffers())
+
+
+PER_LAYER = {  # System #1493: shape, init, optimizer, stored bits, clipping range
+    "attn.q.weight": ((512, 512), "orthogonal", "matrix", 6, 12.85),
+    "attn.k.weight": ((256, 512), "orthogonal", "matrix", 6, 12.85),
+    "attn.v.weight": ((256, 512), "orthogonal", "matrix", 6, 12.85),
+    "attn.out.weight": ((512, 512), 0.0, "matrix", 6, 12.85),
+    "mlp.up.weight": ((2048, 512), "orthogonal", "matrix", 6, 12.85),
+    "mlp.down.weight": ((512, 2048), 0.0, "matrix", 6, 12.85),
+    "attn.q_gain": ((8,), 5.25, "scalar", 0, 0.0),
+    "attn_scale": ((512,), 1.0, "scalar", 0, 0.0),
+    "mlp_scale": ((512,), 1.0, "scalar", 0, 0.0),
+    "resid_mix": ((2, 512), "ones and zeros", "scalar", 0, 0.0),
+}
+INVENTORY = {
+    "head.weight": ((8192, 512), "normal", "embedding", 8, 20.0),
+    "skip_weights": ((8, 512), 1.0, "scalar", 0, 0.0),
+    "skip_gates": ((8, 512), 0.0, "scalar", 0, 0.0),
+} | {f"blocks.{i}.{name}": row for i in range(11) for name, row in PER_LAYER.items()}
+
+
+def check_init(weight, init):
+    if init == "orthogonal":
+        gram = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
+        torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-4)
+    elif init == "normal":
+        z = weight / 0.005
+        assert z.mean().abs() < 0.003  # six standard errors
+        assert (z.std() - 1).abs() < 0.003
+        assert ((z**4).mean() - 3).abs() < 0.02  # kurtosis
+    elif init == "ones and zeros":
+        assert torch.equal(weight[0], torch.ones_like(weight[0]))
+        assert torch.equal(weight[1], torch.zeros_like(weight[1]))
+    else:
+        assert torch.equal(weight, torch.full_like(weight, init))
+
+
+@torch.no_grad()
+def test_every_tensor_has_the_shape_init_optimizer_and_bits_of_the_inventory(full):
+    tensors, rules = dict(full.named_parameters()), t.tensor_rules(Config())
+    assert set(tensors) == set(INVENTORY)
+    for name, (shape, init, optimizer, bits, sigmas) in INVENTORY.items():
+        assert tensors[name].shape == shape, name
+        assert tensors[name].dtype == torch.float32
+        check_init(tensors[name], init)
+        rule = t.rule_of(name, rules)
+        assert (rule.optimizer, rule.bits, rule.clip_sigmas) == (optimizer, bits, sigmas), name
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_differ_between_matrices():
+    def draw(seed):
+        model = GPT(SMALL)
+        model.init_weights(seed)
+        return model.state_dict()
+
+    one, again, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert not torch.equal(one["blocks.0.mlp.up.weight"], other["blocks.0.mlp.up.weight"])
+    assert not torch.equal(one["blocks.0.attn.q.weight"], one["blocks.1.attn.q.weight"])
+    assert not torch.equal(one["blocks.0.attn.k.weight"], one["blocks.0.attn.v.weight"])
+
+
+def test_the_initial_embedding_and_q_gain_follow_their_settings():
+    cfg = dataclasses.replace(SMALL, vocab_size=4096, tied_embed_init_std=0.25, qk_gain_init=1.5)
+    model = GPT(cfg)
+    model.init_weights(0)
+    assert model.head.weight.std().item() == pytest.approx(0.25, rel=0.02)
+    assert all((block.attn.q_gain == 1.5).all() for block in model.blocks)
+
+
+@torch.no_grad()
+def test_the_loss_at_init_is_the_logarithm_of_the_vocabulary(full):
+    logits = full(random_tokens(Config(), 2, 256), plan=depth_plan(Config(), looped=True))
+    # The expectation over every possible target, which spares many thousand tokens.
+    loss = (logits.double().logsumexp(-1) - logits.double().mean(-1)).mean()
+    assert loss.item() == pytest.approx(math.log(8192), abs=0.01)
+
+
+def test_the_embedding_and_the_head_are_one_tensor():
+    model, tokens = random_model(SMALL), torch.zeros(1, 4, dtype=torch.long)
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    assert shapes.count((40, 32)) == 1
+    plan = depth_plan(SMALL, looped=False)
+    before = model(tokens, plan=plan).detach()
+    with torch.no_grad():
+        model.head.weight[0] *= torch.linspace(-1, 2, 32)  # the token that is read
+    read = (model(tokens, plan=plan) - before).detach()[..., 1:]
+    assert (read.abs() > 1e-3).any(), "other logits move because the input does"
+
+
+# --- wiring ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "looped", "orders", "skips"),
+    [
+        ({}, False, PLAIN, 5),
+        ({}, True, LOOPED, 8),
+        # systems #1394 and #1487
+        (dict(loop_start=4), False, PLAIN, 5),
+        (dict(loop_start=4), True, ([0, 1, 2, 3, 4, 5, 4], [5, 4, 5, 6, 7, 8, 9, 10]), 7),
+        (dict(num_loops=1), True, ([0, 1, 2, 3, 4, 5, 3], [4, 5, 6, 7, 8, 9, 10]), 7),
+        (dict(num_loops=0), True, PLAIN, 5),
+    ],
+)
+def test_layers_are_visited_in_the_order_that_was_logged(settings, looped, orders, skips):
+    plan = depth_plan(Config(**settings), looped=looped)
+    assert (plan.encoder, plan.decoder) == orders
+    assert plan.skips == skips
+
+
+def test_a_model_has_a_skip_for_the_longer_of_its_plans():
+    for settings, skips in (({}, 8), (dict(loop_start=4), 7), (dict(num_loops=0), 5)):
+        assert GPT(dataclasses.replace(SMALL, **settings)).skip_weights.shape == (skips, 32)
+
+
+def test_1394_has_35_943_512_parameters():
+    with torch.device("meta"):
+        model = GPT(Config(loop_start=4, parallel_residual_start=11))
+    assert sum(p.numel() for p in model.parameters()) == 35_943_512
+
+
+@given(layers=st.integers(1, 14), start=st.integers(0, 13), width=st.integers(0, 5))
+def test_every_pushed_skip_is_popped_once_last_first(layers, start, width):
+    start = min(start, layers - 1)
+    end = min(start + width, layers - 1)
+    for loops, looped in itertools.product(range(4), (False, True)):
+        cfg = Config(num_layers=layers, loop_start=start, loop_end=end, num_loops=loops)
+        plan, stack, pairs = depth_plan(cfg, looped=looped), [], []
+        again = [*range(start, end + 1)] * (loops if looped else 0)
+        naive = [*range(end + 1), *again, *range(end + 1, layers)]
+        assert [v.layer for v in plan.visits] == plan.encoder + plan.decoder == naive
+        for place, visit in enumerate(plan.visits):
+            if visit.pop >= 0:
+                pairs.append((visit.pop, stack.pop(), place))
+            if visit.push:
+                stack.append(place)
+            assert visit.parallel == (visit.layer >= cfg.parallel_residual_start)
+        half = len(naive) // 2
+        assert not stack
+        assert pairs == [(j, half - 1 - j, half + j) for j in range(half)]
+        assert hash(plan) == hash(depth_plan(cfg, looped=looped))
+
+
+# --- the whole forward, once more, from the published description ---
+
+
+def naive_norm(x):
+    return x / torch.sqrt((x * x).mean() + torch.finfo(torch.float32).eps)
+
+
+def naive_rotate(x, position, length, cfg):
+    half, stretch = cfg.rope_dims // 2, length / cfg.rope_train_seq_len
+    base = cfg.rope_base
+    if stretch > 1:
+        base *= stretch ** (cfg.rope_dims / (cfg.rope_dims - 2))
+    out = x.clone()
+    for i in range(half):
+        angle = position * base ** (-2 * i / cfg.rope_dims)
+        u, w = x[i], x[half + i]
+        out[i] = u * math.cos(angle) + w * math.sin(angle)
+        out[half + i] = -u * math.sin(angle) + w * math.cos(angle)
+    return out
+
+
+def naive_attention(n, weights, layer, cfg):
+    """(T, d) -> (T, d), position by position and head by head."""
+    length, width = len(n), cfg.model_dim // cfg.num_heads
+    W = {name: weights[f"blocks.{layer}.attn.{name}.weight"] for name in ("q", "k", "v", "out")}
+    gain, rows = weights[f"blocks.{layer}.attn.q_gain"], []
+    q, k, v = ([list((W[m] @ x).split(width)) for x in n] for m in "qkv")
+    for pos in range(length):
+        q[pos] = [naive_rotate(naive_norm(x), pos, length, cfg) for x in q[pos]]
+        k[pos] = [naive_rotate(naive_norm(x), pos, length, cfg) for x in k[pos]]
+    for pos in range(length):
+        heads = []
+        for head in range(cfg.num_heads):
+            shared = head // (cfg.num_heads // cfg.num_kv_heads)
+            query = q[pos][head] * gain[head]
+            scores = [query @ k[past][shared] / math.sqrt(width) for past in range(pos + 1)]
+            chances = torch.stack(scores).softmax(0)
+            y = sum(p * v[past][shared] for past, p in enumerate(chances))
+            if layer >= cfg.num_layers - cfg.xsa_last_n:
+                own = v[pos][shared] / v[pos][shared].norm()
+                y = y - (y @ own) * own
+            heads.append(y)
+        rows.append(W["out"] @ torch.cat(heads))
+    return torch.stack(rows)
+
+
+def naive_mlp(n, weights, layer):
+    up, down = (weights[f"blocks.{layer}.mlp.{name}.weight"] for name in ("up", "down"))
+    z = n @ up.T
+    return (z.clamp(min=0) + 0.5 * z.clamp(max=0)) ** 2 @ down.T
+
+
+def naive_forward(weights, tokens, orders, cfg):
+    """Logits (T, V) of one row of tokens."""
+    encoder, decoder = orders
+    norm = lambda x: torch.stack([naive_norm(row) for row in x])  # noqa: E731
+    x = x0 = norm(weights["head.weight"][tokens])
+    stack = []
+    for place, layer in enumerate([*encoder, *decoder]):
+        j = place - len(encoder)
+        if j >= 0 and stack:
+            g = 1 / (1 + torch.exp(-weights["skip_gates"][j]))
+            x = (1 - g) * (weights["skip_weights"][j] * stack.pop()) + g * x
+        a, b = weights[f"blocks.{layer}.resid_mix"]
+        attn_scale, mlp_scale = (weights[f"blocks.{layer}.{s}_scale"] for s in ("attn", "mlp"))
+        s, x_in = 1 / math.sqrt(layer + 1), a * x + b * x0
+        attn = attn_scale * naive_attention(norm(x_in) * s, weights, layer, cfg)
+        mlp_in = x_in if layer >= cfg.parallel_residual_start else x_in + attn
+        x = x_in + attn + mlp_scale * naive_mlp(norm(mlp_in) * s, weights, layer)
+        if j < 0:
+            stack.append(x)
+    logits = norm(x) @ weights["head.weight"].T
+    return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
+
+
+@pytest.mark.parametrize(
+    ("settings", "looped", "orders"),
+    [
+        ({}, False, PLAIN),
+        ({}, True, LOOPED),
+        (dict(xsa_last_n=4, parallel_residual_start=11, mlp_mult=3.0), False, PLAIN),
+        (dict(xsa_last_n=0, logit_softcap=2.0, loop_end=5), True, LOOPED),
+        # Two windows long: NTK rescale; one head of keys; no head dimension left unrotated.
+        (dict(rope_train_seq_len=3, rope_base=100.0, num_kv_heads=1, rope_dims=8), True, LOOPED),
+    ],
+)
+def test_the_forward_and_all_gradients_equal_a_naive_one(settings, looped, orders):
+    cfg, tokens = dataclasses.replace(SMALL, **settings), random_tokens(SMALL, 2, 7)
+    model, plan = random_model(cfg), depth_plan(cfg, looped=looped)
+    weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
+    rows = [naive_forward(weights, row, orders, cfg) for row in tokens[:, :-1]]
+    torch.testing.assert_close(
+        model(tokens[:, :-1], plan=plan).double(), torch.stack(rows), rtol=1e-3, atol=1e-3
+    )
+    picked = [
+        row.log_softmax(-1)[range(6), row_tokens[1:]]
+        for row, row_tokens in zip(rows, tokens, strict=True)
+    ]
+    naive_loss = -torch.stack(picked).mean()
+    loss = model(tokens[:, :-1], tokens[:, 1:], plan=plan)
+    assert loss.item() == pytest.approx(naive_loss.item(), rel=1e-4)
+    loss.backward()
+    naive_loss.backward()
+    for name, parameter in model.named_parameters():
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        expected = weights[name].grad
+        error = (got - (0 if expected is None else expected)).norm()
+        assert error <= 1e-3 * got.norm() + 1e-6, name
+
+
+# --- parts of it, in closed form ---
+
+
+def visits_of(model, tokens, plan):
+    """Input and output of every visit of a block, and what its attention reads, in order."""
+    seen, reads = [], []
+    hooks = []
+    for layer, block in enumerate(model.blocks):
+        hooks.append(
+            block.register_forward_hook(
+                lambda module, args, out, layer=layer: seen.append((layer, args[0], out))
+            )
+        )
+        hooks.append(block.attn.q.register_forward_pre_hook(lambda m, args: reads.append(args[0])))
+    with torch.no_grad():
+        model(tokens, plan=plan)
+    for hook in hooks:
+        hook.remove()
+    return seen, reads
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_skips_are_mixed_in_by_a_gate_and_the_first_one_popped_is_the_stream_itself(looped):
+    model, tokens = random_model(SMALL), random_tokens(SMALL, 2, 8)
+    seen, _ = visits_of(model, tokens, depth_plan(SMALL, looped=looped))
+    encoder, decoder = LOOPED if looped else PLAIN
+    assert [layer for layer, _, _ in seen] == encoder + decoder
+    half = len(encoder)
+    for place in range(1, len(seen)):
+        stream, j = seen[place - 1][2], place - half
+        expected = stream
+        if 0 <= j < half:
+            skip = seen[half - 1 - j][2]
+            g = torch.sigmoid(model.skip_gates[j])
+            expected = g * stream + (1 - g) * model.skip_weights[j] * skip
+            if j == 0:
+                assert skip is stream
+        torch.testing.assert_close(seen[place][1], expected)
+
+
+def test_the_norm_scale_is_that_of_the_physical_layer_on_every_visit():
+    _, reads = visits_of(random_model(SMALL), random_tokens(SMALL, 2, 8), plans(SMALL)[1])
+    rms = [read.square().mean(-1).sqrt() for read in reads]
+    for layer, size in zip(LOOPED[0] + LOOPED[1], rms, strict=True):
+        torch.testing.assert_close(size, torch.full_like(size, (layer + 1) ** -0.5))
+
+
+def test_a_parallel_block_reads_one_input_twice_and_a_sequential_one_does_not():
+    block = random_model(SMALL).blocks[3]
+    x, x0 = torch.randn(2, 1, 8, 32, generator=torch.Generator().manual_seed(0))
+    rotary = t.rotary_table(8, SMALL, torch.device("cpu"))
+    a, b = block.resid_mix
+    x_in = a * x + b * x0
+    norm = lambda z: z / z.square().mean(-1, keepdim=True).sqrt() / math.sqrt(4)  # noqa: E731
+    attn = block.attn_scale * block.attn(norm(x_in), rotary)
+    parallel = x_in + attn + block.mlp_scale * block.mlp(norm(x_in))
+    sequential = x_in + attn + block.mlp_scale * block.mlp(norm(x_in + attn))
+    for form, expected in ((True, parallel), (False, sequential)):
+        got = block(x, x0, rotary, parallel=form)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(parallel, sequential, atol=0.1)
+
+
+def test_exclusion_leaves_nothing_along_the_own_value_and_equals_a_loop():
+    draw = torch.Generator().manual_seed(0)
+    y, v = torch.randn(2, 5, 6, 8, generator=draw), torch.randn(2, 5, 3, 8, generator=draw)
+    out = t.exclude_self(y, v)
+    for row, pos, head in itertools.product(range(2), range(5), range(6)):
+        own, vector = v[row, pos, head // 2], y[row, pos, head]
+        assert (out[row, pos, head] @ own).abs() < 1e-5
+        expected = vector - (vector @ own) / (own @ own) * own
+        torch.testing.assert_close(out[row, pos, head], expected)
+    assert torch.isfinite(t.exclude_self(y, torch.zeros_like(v))).all()
+
+
+def test_only_the_last_layers_exclude_themselves():
+    model = GPT(dataclasses.replace(SMALL, xsa_last_n=4))
+    assert [block.attn.exclusive for block in model.blocks] == [False] * 7 + [True] * 4
+    assert all(block.attn.exclusive for block in GPT(SMALL).blocks)
+
+
+def rotary_base(length, cfg):
+    """The base that a table was made with, from the slowest frequency."""
+    cos, sin = t.rotary_table(length, cfg, torch.device("cpu"))
+    slowest = math.atan2(sin[1, 0, -1], cos[1, 0, -1])
+    return slowest ** (-cfg.rope_dims / (cfg.rope_dims - 2))
+
+
+def test_the_rotary_base_grows_only_beyond_the_length_of_training():
+    for length in (2, 1000, 2048):
+        assert rotary_base(length, Config()) == pytest.approx(10000, rel=1e-5)
+    # System #578 trains at 2,048 with a table made for 1,024
+    stretched = Config(rope_train_seq_len=1024)
+    assert rotary_base(2048, stretched) == pytest.approx(22082, abs=1)
+    assert rotary_base(3000, stretched) == pytest.approx(
+        10000 * (3000 / 1024) ** (16 / 14), rel=1e-5
+    )
+    # The slowest frequency reaches the angle of training, no further.
+    longest = math.atan2(*(table[1, 0, -1] for table in rotary_table(2048, stretched)[::-1])) * 2048
+    assert longest == pytest.approx(1024 * 10000 ** (-14 / 16), rel=1e-4)
+
+
+def rotary_table(length, cfg):
+    return t.rotary_table(length, cfg, torch.device("cpu"))
+
+
+def test_rotation_turns_each_pair_as_a_complex_number_and_leaves_the_rest():
+    cfg = dataclasses.replace(SMALL, model_dim=48, rope_dims=6)
+    x = torch.randn(2, 9, 4, 12, generator=torch.Generator().manual_seed(0))
+    out = t.rotate(x, rotary_table(9, cfg))
+    for pos, i in itertools.product(range(9), range(3)):
+        pair = torch.complex(x[:, pos, :, i], x[:, pos, :, 3 + i])
+        turned = pair * torch.exp(torch.tensor(-1j * pos * 10000.0 ** (-2 * i / 6)))
+        torch.testing.assert_close(out[:, pos, :, i], turned.real)
+        torch.testing.assert_close(out[:, pos, :, 3 + i], turned.imag)
+    assert torch.equal(out[..., 6:], x[..., 6:])
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double()
+    cfg = dataclasses.replace(SMALL, rope_dims=8)
+    rotary = tuple(table.double() for table in rotary_table(16, cfg))
+    q, k = (t.rotate(x.expand(1, 16, 1, 8), rotary)[0, :, 0] for x in (q, k))
+    products = q @ k.T
+    for distance in range(-15, 16):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+    assert products[0].std() > 0.1
+
+
+def test_logits_stay_within_the_softcap_and_small_ones_are_left_alone():
+    cfg = dataclasses.replace(SMALL, logit_softcap=5.0)
+    model, tokens = random_model(cfg), random_tokens(cfg, 2, 8)
+    with torch.no_grad():
+        model.head.weight *= 1000
+        logits = model(tokens, plan=depth_plan(cfg, looped=False))
+        assert 4.9 < logits.abs().max() <= 5.0
+        wide = random_model(dataclasses.replace(cfg, logit_softcap=1e6))
+        free = wide(tokens, plan=depth_plan(cfg, looped=False))
+        model.head.weight /= 1000
+        capped = model(tokens, plan=depth_plan(cfg, looped=False))
+    torch.testing.assert_close(capped, 5 * torch.tanh(free / 5), rtol=1e-4, atol=1e-4)
+
+
+def test_losses_are_minus_the_log_probabilities_and_the_tail_is_a_part_of_them():
+    model, tokens = random_model(SMALL), random_tokens(SMALL, 3, 13)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    for plan in plans(SMALL):
+        with torch.no_grad():
+            logits = model(inputs, plan=plan)
+            losses = model(inputs, targets, plan=plan, reduction="none")
+            chosen = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+            torch.testing.assert_close(losses, -chosen)
+            mean = model(inputs, targets, plan=plan)
+            torch.testing.assert_close(mean, losses.mean())
+            assert (logits.shape, losses.shape, mean.shape) == ((3, 12, 40), (3, 12), ())
+            assert {x.dtype for x in (logits, losses, mean)} == {torch.float32}
+            for tail in (1, 5, 12):
+                part = model(inputs, targets, plan=plan, reduction="none", tail=tail)
+                torch.testing.assert_close(part, losses[:, -tail:])
+                part = model(inputs, plan=plan, tail=tail)
+                torch.testing.assert_close(part, logits[:, -tail:])
+
+
+# --- attention kernels ---
+
+
+def kernel_of(name):
+    device = torch.device("cuda" if name == "fa3" else "cpu")
+    dtype = torch.bfloat16 if name == "fa3" else torch.float32
+    return t.select_attention(name, device, dtype)[1], device, dtype
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("looped", [False, True])
+@torch.no_grad()
+def test_a_changed_future_token_leaves_all_earlier_logits_as_they_were(name, looped):
+    kernel, device, dtype = kernel_of(name)
+    cfg = SMALL if name != "fa3" else dataclasses.replace(SMALL, model_dim=256)
+    model = random_model(cfg, kernel, dtype).to(device)
+    plan, tokens = depth_plan(cfg, looped=looped), random_tokens(cfg, 1, 13).to(device)
+    before = model(tokens, plan=plan)
+    for place in range(13):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1 + place) % cfg.vocab_size
+        after = model(changed, plan=plan)
+        assert torch.equal(after[:, :place], before[:, :place])
+        moved = (after != before).any(-1)[0, place:]
+        assert moved.all(), "each later position sees it"
+
+
+@pytest.mark.parametrize("name", KERNELS[1:])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_equals_the_plain_one_with_gradients(name, heads, kv_heads, dtype):
+    kernel, device, own_dtype = kernel_of(name)
+    if name == "fa3" and dtype != own_dtype:
+        pytest.skip("FlashAttention 3 takes 16-bit types")
+    draw = torch.Generator().manual_seed(0)
+    width = 16 if name != "fa3" else 64
+    shapes = [(2, 33, h, width) for h in (heads, kv_heads, kv_heads, heads)]
+    *qkv, weight = (torch.randn(s, generator=draw).to(device, dtype) for s in shapes)
+    results = []
+    for function in (t.plain_attention, kernel):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        out = function(*inputs)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == dtype
+        scale = expected.float().abs().max().item()
+        torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance * scale)
+
+
+def test_plain_attention_is_its_definition():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 6, h, 8, generator=draw) for h in (4, 2, 2))
+    out = t.plain_attention(q, k, v)
+    for pos, head in itertools.product(range(6), range(4)):
+        weights = [math.exp(q[0, pos, head] @ k[0, s, head // 2] / 8**0.5) for s in range(pos + 1)]
+        y = sum(w * v[0, s, head // 2] for s, w in enumerate(weights)) / sum(weights)
+        torch.testing.assert_close(out[0, pos, head], y)
+
+
+def test_attention_is_chosen_by_what_the_device_offers_and_the_reason_is_told(monkeypatch):
+    cpu, hopper = torch.device("cpu"), torch.device("cuda", 0)
+    assert t.select_attention("plain", cpu, torch.float32)[:2] == ("plain", t.plain_attention)
+    assert t.select_attention("sdpa", cpu, torch.float32)[0::2] == ("sdpa", "as set")
+    name, _, reason = t.select_attention("auto", cpu, torch.float32)
+    assert (name, reason) == ("sdpa", "no fa3: the device is no Hopper GPU")
+    with pytest.raises(ConfigError, match="^ATTENTION=fa3: the device is no Hopper GPU; unset it"):
+        t.select_attention("fa3", cpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError, match="ATTENTION=fa3: activations are float32"):
+        t.select_attention("fa3", hopper, torch.float32)
+    monkeypatch.setitem(t.sys.modules, "flash_attn_interface", None)
+    with pytest.raises(ConfigError, match="ATTENTION=fa3: flash_attn_interface does not import"):
+        t.select_attention("fa3", hopper, torch.bfloat16)
+    name, _, reason = t.select_attention("auto", hopper, torch.bfloat16)
+    assert name == "sdpa"
+    assert reason.startswith("no fa3: flash_attn_interface does not import")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert t.select_attention("auto", hopper, torch.bfloat16)[0] == "sdpa"
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+def test_flash_attention_3_is_taken_where_it_is_and_called_causal(monkeypatch, with_statistics):
+    """A stand-in for the package, whose older wheels also return the log-sum-exp."""
+
+    def flash_attn_func(q, k, v, causal):
+        assert causal is True
+        out = t.plain_attention(q, k, v)
+        return (out, None) if with_statistics else out
+
+    package = type(t.sys)("flash_attn_interface")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(t.sys.modules, "flash_attn_interface", package)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q, k, v = torch.randn(3, 1, 5, 2, 8)
+    for choice, why in (("auto", "installed"), ("fa3", "as set")):
+        name, kernel, reason = t.select_attention(choice, torch.device("cuda", 0), torch.bfloat16)
+        assert (name, reason) == ("fa3", why)
+        assert torch.equal(kernel(q, k, v), t.plain_attention(q, k, v))
+
+
+@torch.no_grad()
+def test_bfloat16_activations_keep_float32_weights_logits_and_nearly_the_loss():
+    tokens = random_tokens(SMALL, 4, 17)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = GPT(SMALL, t.sdpa_attention, dtype)
+        model.init_weights(0)
+        for block in model.blocks:  # not the zeros of the start
+            block.attn.out.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        inner = []
+        model.blocks[5].register_forward_hook(lambda m, args, out, inner=inner: inner.append(out))
+        losses[dtype] = model(tokens[:, :-1], tokens[:, 1:], plan=plans(SMALL)[1])
+        assert inner[0].dtype == dtype
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert losses[dtype].dtype == torch.float32
+    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert losses[torch.bfloat16].item() == pytest.approx(losses[torch.float32].item(), rel=0.01)
+
+
+# --- cost and compilation ---
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_operations_per_token_are_those_that_a_counter_counts(looped):
+    model, length = random_model(SMALL), 16
+    tokens, plan = random_tokens(SMALL, 2, length), depth_plan(SMALL, looped=looped)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, plan=plan).backward()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    weights = sum(flops for op, flops in counts.items() if op.endswith((".mm", ".addmm")))
+    attention = sum(flops for op, flops in counts.items() if op.endswith(".bmm"))
+    assert weights + attention == counter.get_total_flops()
+    assert attention > 0
+    # The plain kernel also multiplies what the mask then hides: half of its products.
+    expected = (weights + attention / 2) / (2 * length)
+    assert model.flops_per_token(plan, length) == pytest.approx(expected, rel=1e-9)
+
+
+def compare_with_compiled(model, cfg, rt, passes, *, backward):
+    """Hold the compiled model against the eager one on both plans, several times over."""
+    tokens = random_tokens(cfg, 2, 17)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rt.compiles = True
+    compiled = rt.compile(model)
+    for plan in plans(cfg) * passes:  # from the second pass on nothing may be compiled
+        results = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            loss = forward(inputs, targets, plan=plan)
+            if backward:
+                loss.backward()
+            kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            results.append([loss.detach(), *kept])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_two_depth_plans_are_two_graphs_whose_gradients_equal_the_eager_ones(rt, monkeypatch):
+    graphs_alone = functools.partial(torch.compile, backend="aot_eager")  # no C++ is made
+    monkeypatch.setattr(torch, "compile", graphs_alone)
+    cfg = dataclasses.replace(SMALL, num_layers=4, loop_start=1, loop_end=2, num_loops=1)
+    cfg = dataclasses.replace(cfg, parallel_residual_start=3, xsa_last_n=2)
+    compare_with_compiled(random_model(cfg, t.sdpa_attention), cfg, rt, 3, backward=True)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_the_compiled_model_equals_the_eager_one(rt):
+    cfg = dataclasses.replace(SMALL, num_layers=2, loop_start=1, loop_end=1, num_loops=1)
+    cfg = dataclasses.replace(cfg, parallel_residual_start=1, xsa_last_n=1)
+    compare_with_compiled(random_model(cfg, t.sdpa_attention), cfg, rt, 2, backward=False)

@@ -1,0 +1,37 @@
+"""The first command of the README, whole: minutes, so it has a file of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import train_gpt as t
+
+
+def test_the_program_alone_learns_the_sample_in_minutes_and_beats_xz_and_brotli(tmp_path):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    env = {**kept, "CUDA_VISIBLE_DEVICES": "", "LOG_DIR": str(tmp_path), "RUN_ID": "sample"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, t.__file__], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 240
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("smoke: small run on the embedded sample")
+    assert lines[-1].startswith("result val_bpb=")
+    record = json.loads((tmp_path / "sample.json").read_text())
+    assert record["data"]["data_verified"] is True
+    assert "layer_loop:enabled" in done.stdout
+    pipeline = ["quantized", "quantized_sliding_window", "quantized_ttt"]
+    assert list(record["stages"]) == ["pre-quantization post-ema", *pipeline]
+    baselines = record["baselines"]
+    assert set(baselines) == {"xz-9e", "brotli-11"}
+    for name, bpb in baselines.items():
+        assert f"baseline {name} val_bpb:{bpb:.4f}" in done.stdout
+        for stage in pipeline:
+            assert record["stages"][stage]["val_bpb"] < bpb - 0.02, (stage, name)
+    sample = Path(t.SAMPLE_DIR)
+    assert sum(path.stat().st_size for path in sample.iterdir()) < 12_000_000
