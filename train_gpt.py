@@ -284,6 +284,8 @@ class Config:
         expect("ttt_chunk_tokens", fits, f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
         fits = not limit or self.gptq_reserve_seconds < limit
         expect("gptq_reserve_seconds", fits, f"less than MAX_WALLCLOCK_SECONDS={limit:g}")
+        code = code_bytes()
+        expect("max_total_bytes", self.max_total_bytes > code, f"more than the code's own {code}")
         expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
         name = re.fullmatch(r"[\w.+=-]*", self.run_id)
         expect("run_id", bool(name), "letters, digits and ._+=- for a file name")

@@ -332,6 +332,14 @@ def test_a_tight_limit_and_another_compressor_change_the_artifact_and_not_the_pi
     assert tight["result"]["val_bpb"] < 1.2 * record["result"]["val_bpb"]
 
 
+def test_a_limit_that_the_code_alone_breaks_is_refused_before_training(tiny_env):
+    done = start({**tiny_env, "MAX_TOTAL_BYTES": "1000"})
+    assert done.returncode == 2
+    assert (
+        f"MAX_TOTAL_BYTES=1000: expected more than the code's own {t.code_bytes()}" in done.stderr
+    )
+
+
 def test_a_run_id_is_never_overwritten(finished):
     env, _, _, _, blob = finished
     done = start(env)

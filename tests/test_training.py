@@ -237,4 +237,7 @@ def test_the_log_gives_throughput_and_utilisation(tiny_cfg, rt, loader, tmp_path
     monkeypatch.setattr(t.Runtime, "peak_flops", lambda self: None)
     with t.Log(str(tmp_path), "cpu") as log:
         run_train(cfg, rt, log, loader)
-    assert "tflops: " in (tmp_path / "cpu.txt").read_text().splitlines()[-1]
+    text = (tmp_path / "cpu.txt").read_text()
+    assert "tflops: " in text
+    assert "mfu: " not in text
+    assert t.re.fullmatch(r"step_ms 11_visits:[\d.]+ 17_visits:[\d.]+", text.splitlines()[-1])
