@@ -127,6 +127,9 @@ class Config:
     data_dir: str = knob("./data", "folder that holds datasets/ and tokenizers/")
     data_path: str = knob("", "folder of the shards; empty: the one of VOCAB_SIZE in DATA_DIR")
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one of VOCAB_SIZE in DATA_DIR")
+    loader: str = knob(
+        "shuffled", "order of the windows", choices=("shuffled", "sequential", "coprime")
+    )
     val_tokens: int = knob(0, "score only so many validation targets, 0: all [tokens]", low=0)
     # Model
     vocab_size: int = knob(8192, "tokens in the vocabulary", low=8, high=65536, model=True)
@@ -135,10 +138,21 @@ class Config:
     num_heads: int = knob(8, "query heads", low=1, model=True)
     num_kv_heads: int = knob(4, "key and value heads; divides NUM_HEADS", low=1, model=True)
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", low=0.25, model=True)
+    leaky_relu_slope: float = knob(0.5, "of the MLP; 0: relu squared", low=0.0, model=True)
     xsa_last_n: int = knob(11, "so many last layers have XSA", low=0, model=True)
     parallel_residual_start: int = knob(
         7, "first layer in parallel form; NUM_LAYERS: none", low=0, model=True
     )
+    parallel_residual_form: str = knob(
+        "gptj", "one stream or two", choices=("gptj", "lanes"), model=True
+    )
+    skip_gates_enabled: bool = knob(True, "skips are mixed by a gate, else added", model=True)
+    max_skips: int = knob(256, "most skip connections", low=0, model=True)
+    smear_gate_enabled: bool = knob(False, "mix each input with the one before", model=True)
+    bigram_vocab_size: int = knob(0, "buckets of the bigram hash, 0: none", low=0, model=True)
+    bigram_dim: int = knob(128, "width of the bigram table", low=1, model=True)
+    ve_dim: int = knob(0, "width of the value embedding, 0: none", low=0, model=True)
+    ve_layers: str = knob("9,10", "layers with the value embedding", model=True)
     loop_start: int = knob(3, "first layer of the loop", low=0, model=True)
     loop_end: int = knob(5, "last layer of the loop", low=0, model=True)
     num_loops: int = knob(2, "extra visits of the looped layers, 0: no loop", low=0, model=True)
@@ -163,8 +177,13 @@ class Config:
     )
     warmup_steps: int = knob(20, "steps per depth plan before the clock, undone", low=0)
     warmdown_frac: float = knob(0.72, "part of training in which rates fall", low=0.0, high=1.0)
+    warmdown_iters: int = knob(0, "steps in which rates fall, 0: WARMDOWN_FRAC", low=0)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", low=0.0, high=1.0)
     enable_looping_at: float = knob(0.35, "part of training before the loop", low=0.0, high=1.0)
+    enable_looping_at_step: int = knob(0, "step of the loop, 0: ENABLE_LOOPING_AT", low=0)
+    late_qat_threshold: float = knob(
+        0.0, "rate multiplier below which matrices train rounded", low=0.0, high=1.0
+    )
     ema_decay: float = knob(0.9965, "decay of the weight average, each step", low=0.0, high=1.0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient, 0: any", low=0.0)
     train_log_every: int = knob(500, "steps between two lines of the training log", low=1)
@@ -184,6 +203,11 @@ class Config:
     beta1: float = knob(0.9, "AdamW's first beta", low=0.0, high=1.0)
     beta2: float = knob(0.95, "AdamW's second beta", low=0.0, high=1.0)
     adam_eps: float = knob(1e-8, "AdamW's epsilon", low=0.0)
+    # Fine-tuning on the validation text before quantization: never in a record
+    prequant_ttt_epochs: int = knob(0, "epochs over the validation text, 0: none", low=0)
+    prequant_ttt_lr: float = knob(4.5e-4, "its learning rate in the first epoch", low=0.0)
+    prequant_ttt_freeze_blocks: int = knob(1, "so many first layers stay as they are", low=0)
+    prequant_ttt_batch_tokens: int = knob(524288, "tokens of a step [tokens]", low=1)
     # Quantization and artifact
     gptq_calibration_batches: int = knob(64, "batches, each an eighth of TRAIN_BATCH_TOKENS", low=1)
     matrix_bits: int = knob(6, "width of a matrix entry [bits]", low=2, high=8)
@@ -194,6 +218,16 @@ class Config:
     embed_clip_sigmas: float = knob(
         20.0, "half the range of a row, in its standard deviations", low=0.1
     )
+    clip_rule: str = knob("sigmas", "how a row's range is found", choices=("sigmas", "percentile"))
+    gptq_order: str = knob(
+        "descending", "columns by their Hessian's diagonal", choices=("descending", "ascending")
+    )
+    embed_quantizer: str = knob("gptq", "of the embedding", choices=("gptq", "nearest"))
+    int8_sensitive: str = knob("", "matrices with one of these words get EMBED_BITS; by commas")
+    control_dtype: str = knob(
+        "float16", "stored vectors and scalars", choices=("float16", "float32")
+    )
+    fit_rule: str = knob("coarser", "what makes an artifact fit", choices=("coarser", "prune"))
     compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
     max_total_bytes: int = knob(16_000_000, "limit of code and artifact together [bytes]", low=1)
     # Evaluation
@@ -204,6 +238,11 @@ class Config:
     ttt_lr: float = knob(0.005, "learning rate of test-time training at the first chunk", low=0.0)
     ttt_epochs: int = knob(3, "steps over each scored chunk", low=1)
     ttt_momentum: float = knob(0.9, "momentum of test-time training", low=0.0, high=1.0)
+    ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
+    ttt_train_chunks: int = knob(0, "only so many first chunks adapt, 0: all", low=0)
+    ttt_freeze_blocks: int = knob(0, "so many first layers stay as they are", low=0)
+    ttt_freeze_embeddings: bool = knob(False, "embeddings stay as they are")
+    ttt_ema_decay: float = knob(0.0, "score with an average, 0: without", low=0.0, high=1.0)
     ttt_grad_clip: float = knob(1.0, "largest gradient norm of test-time training", low=0.0)
     ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
     eval_wallclock_seconds: float = knob(
@@ -284,6 +323,11 @@ class Config:
         expect("ttt_chunk_tokens", fits, f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
         fits = not limit or self.gptq_reserve_seconds < limit
         expect("gptq_reserve_seconds", fits, f"less than MAX_WALLCLOCK_SECONDS={limit:g}")
+        inside = not self.ve_dim or all(layer < self.num_layers for layer in self.value_layers)
+        expect("ve_layers", inside, f"layers below NUM_LAYERS={self.num_layers}, by commas")
+        fits = self.clip_rule == "sigmas" or self.fit_rule == "prune"
+        expect("fit_rule", fits, "prune, as CLIP_RULE=percentile has no wider ranges")
+        expect("bigram_vocab_size", self.bigram_vocab_size != 1, "0, or at least 2")
         code = code_bytes()
         expect("max_total_bytes", self.max_total_bytes > code, f"more than the code's own {code}")
         expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
@@ -308,6 +352,12 @@ class Config:
     @property
     def mlp_hidden(self) -> int:
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Layers whose values get the value embedding; none without VE_DIM."""
+        words = self.ve_layers.split(",") if self.ve_dim else []
+        return tuple(int(word) if word.strip().isdigit() else sys.maxsize for word in words)
 
     @property
     def train_seconds(self) -> float:
@@ -376,6 +426,7 @@ SMOKE_BLOCKERS = frozenset(
 ALIASES = {
     "PARALLEL_START_LAYER": "parallel_residual_start",
     "GPTQ_CALIB_BATCHES": "gptq_calibration_batches",
+    "RECUR_START_STEP": "enable_looping_at_step",
 }
 # Names that other scripts of this field print or read, and what to do instead.
 RETIRED = {
@@ -386,8 +437,8 @@ RETIRED = {
 }
 # A variable that begins with one of these and is no setting must be a mistake.
 FAMILIES = tuple(
-    "ADAM_ EMA_ EMBED_ EVAL_ GPTQ_ LOOP_ MATRIX_ MUON_ QK_ ROPE_ SCALAR_ SLIDING_ TIED_ TRAIN_ "
-    "TTT_ VAL_ WARMDOWN_ WARMUP_ XSA_".split()
+    "ADAM_ BIGRAM_ EMA_ EMBED_ EVAL_ GPTQ_ LOOP_ MATRIX_ MUON_ PREQUANT_ QK_ ROPE_ SCALAR_ "
+    "SLIDING_ TIED_ TRAIN_ TTT_ VAL_ VE_ WARMDOWN_ WARMUP_ XSA_".split()
 )
 
 
@@ -873,12 +924,24 @@ class Loader:
     target, and the windows of all shards are shuffled together. That is the distribution of "pick a
     shard by its remaining windows, then one of them" (system #1493) without any state: window i is
     a function of (seed, i), so going back to the start is asking for i = 0 again.
+
+    The order "sequential" takes the windows as they stand, from the start of each shard. "coprime"
+    walks through each shard with a random start and a stride coprime to its windows, and through
+    all shards evenly: an order as even as a shuffle, without one.
     """
 
     PREFETCH_STEPS = 3
 
-    def __init__(self, paths: Sequence[Path], *, seq_len: int, vocab_size: int, seed: int):
-        self.paths, self.shards = paths, [read_shard(path) for path in paths]
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        seq_len: int,
+        vocab_size: int,
+        seed: int,
+        order: str = "shuffled",
+    ):
+        self.paths, self.shards, self.order = paths, [read_shard(path) for path in paths], order
         self.seq_len, self.vocab_size, self.seed = seq_len, vocab_size, seed
         self.epoch_ends: list[int] = []
         if not any(len(shard) > seq_len for shard in self.shards):
@@ -890,15 +953,25 @@ class Loader:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 -- the one loader lives as long as the run
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Phase and first window of each shard, and the shuffled order of all windows."""
+        """Phase and first window of each shard, and the order of all windows."""
         draw = np.random.default_rng([self.seed, number])
         spare = np.array([len(shard) - self.seq_len for shard in self.shards])
         phases = draw.integers(0, np.clip(spare, 1, self.seq_len))
+        phases *= self.order != "sequential"
         counts = np.maximum((spare - 1 - phases) // self.seq_len + 1, 0) * (spare > 0)
-        order = draw.permutation(counts.sum())
+        firsts = np.cumsum(counts) - counts
+        if self.order == "shuffled":
+            order = draw.permutation(counts.sum())
+        else:
+            order = np.arange(counts.sum())
+        if self.order == "coprime":
+            walks = [coprime_walk(count, draw) for count in counts.tolist()]
+            places = [(np.arange(len(walk)) + draw.random()) / max(len(walk), 1) for walk in walks]
+            walks = [first + walk for first, walk in zip(firsts, walks, strict=True)]
+            order = np.concatenate(walks)[np.argsort(np.concatenate(places), kind="stable")]
         if number == len(self.epoch_ends):
             self.epoch_ends.append(len(order) + (self.epoch_ends[-1] if number else 0))
-        return phases, np.cumsum(counts) - counts, order
+        return phases, firsts, order
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """Windows first, first + 1, ... of the global order: (count, seq_len + 1) uint16."""
@@ -930,6 +1003,15 @@ class Loader:
                 queue.append(reader.submit(self.windows, start, mine.stop - mine.start))
                 if len(queue) > self.PREFETCH_STEPS:
                     yield rt.to_device(queue.popleft().result())
+
+
+def coprime_walk(count: int, draw: np.random.Generator) -> np.ndarray:
+    """0 .. count - 1, each once, from a random start with a random stride coprime to count."""
+    if not count:
+        return np.empty(0, np.int64)
+    strides = (int(stride) for stride in draw.integers(1, count + 1, 1000))
+    stride = next((stride for stride in strides if math.gcd(stride, count) == 1), 1)
+    return (draw.integers(count) + stride * np.arange(count)) % count
 
 
 def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -1113,18 +1195,26 @@ class ValidationTokens:
 
 
 class Visit(NamedTuple):
-    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none."""
+    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none.
+
+    form: what the MLP reads: "sequential", the output of attention; "gptj", the input of attention;
+    "lanes", a stream of its own.
+    """
 
     layer: int
     push: bool
     pop: int
-    parallel: bool
+    form: str
 
 
 class DepthPlan(NamedTuple):
-    """The visits of one forward, in order. Immutable: one compiled graph for each plan."""
+    """The visits of one forward, in order. Immutable: one compiled graph for each plan.
+
+    fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
+    """
 
     visits: tuple[Visit, ...]
+    fake_bits: int = 0
 
     @property
     def encoder(self) -> list[int]:
@@ -1150,17 +1240,14 @@ def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
         loop = order[cfg.loop_start : cfg.loop_end + 1]
         order[cfg.loop_start : cfg.loop_end + 1] = loop * (cfg.num_loops + 1)
     half = len(order) // 2
-    return DepthPlan(
-        tuple(
-            Visit(
-                layer,
-                place < half,
-                place - half if half <= place < 2 * half else -1,
-                layer >= cfg.parallel_residual_start,
-            )
-            for place, layer in enumerate(order)
-        )
-    )
+    late = cfg.parallel_residual_form
+    visits = []
+    for place, layer in enumerate(order):
+        skip = place - half
+        pop = skip if 0 <= skip < min(half, cfg.max_skips) else -1
+        form = late if layer >= cfg.parallel_residual_start else "sequential"
+        visits.append(Visit(layer, place < half, pop, form))
+    return DepthPlan(tuple(visits))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1246,8 +1333,17 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
+        weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+    """A matrix rounded as the percentile rule stores it; its gradient passes straight through."""
+    with torch.no_grad():
+        scales = percentile_scales(weight, bits, QAT_PERCENTILES)[:, None]
+        rounded = (weight / scales).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) * scales
+    return weight + (rounded - weight).detach()
 
 
 class Attention(nn.Module):
@@ -1263,13 +1359,22 @@ class Attention(nn.Module):
         self.out = Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (m(x).unflatten(-1, (-1, self.head_dim)) for m in (self.q, self.k, self.v))
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value: Tensor | None = None,
+        fake_bits: int = 0,
+    ) -> Tensor:
+        q, k, v = (m(x, fake_bits) for m in (self.q, self.k, self.v))
+        if value is not None:
+            v = v + value
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
         q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))  # (B, T, H or K, D)
         y = self.kernel(q * self.q_gain[:, None].to(q.dtype), k, v)
         if self.exclusive:
             y = exclude_self(y, v)
-        return self.out(y.flatten(-2))
+        return self.out(y.flatten(-2), fake_bits)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -1280,19 +1385,20 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Up, LeakyReLU(0.5) squared, down."""
+    """Up, LeakyReLU squared, down."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.up = Linear(cfg.model_dim, cfg.mlp_hidden)
         self.down = Linear(cfg.mlp_hidden, cfg.model_dim)
+        self.slope = cfg.leaky_relu_slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), 0.5).square())
+    def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x, fake_bits), self.slope).square(), fake_bits)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, in sequence or side by side, with learned channel scales.
+    """One layer: attention and MLP in one of the forms of `Visit`, with learned channel scales.
 
     `resid_mix` mixes the running stream and the embedding stream x0 at the entry. The norm scale
     1/sqrt(layer + 1) takes the physical layer, also on repeated visits.
@@ -1309,14 +1415,59 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1)
 
     def forward(
-        self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], *, parallel: bool
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        lane: Tensor,
+        x0: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        form: str,
+        value: Tensor | None = None,
+        fake_bits: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """The running stream and the second lane, which only the form "lanes" reads and moves."""
         mix, attn_scale, mlp_scale = (
             p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale)
         )
         x = mix[0] * x + mix[1] * x0
-        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, rotary)
-        return mid + mlp_scale * self.mlp(rms_norm(x if parallel else mid) * self.norm_scale)
+        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, rotary, value, fake_bits)
+        source = {"sequential": mid, "gptj": x, "lanes": lane}[form]
+        update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, fake_bits)
+        return (mid, lane + update) if form == "lanes" else (mid + update, lane)
+
+
+class BigramHash(nn.Module):
+    """A table row for each pair of neighbouring tokens, found by a hash; the last row: no pair."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim))
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        last, now = len(self.table) - 1, tokens.int()
+        rows = torch.bitwise_xor(36313 * now[:, 1:], 27191 * now[:, :-1]) % last
+        rows = F.pad(rows, (1, 0), value=last)  # the first token has no neighbour
+        return self.scale.to(dtype) * self.proj(F.embedding(rows, self.table).to(dtype))
+
+
+class ValueEmbedding(nn.Module):
+    """One more embedding of the tokens, added to the values of a few layers."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.ve_dim))
+        self.proj = Linear(cfg.ve_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+        self.layer_scales = nn.Parameter(torch.ones(len(cfg.value_layers)))
+        self.layers = cfg.value_layers
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """What each layer adds to its values (B, T, K D), by layer."""
+        shared = self.scale.to(dtype) * self.proj(F.embedding(tokens, self.table).to(dtype))
+        return {
+            layer: self.layer_scales[i].to(dtype) * shared for i, layer in enumerate(self.layers)
+        }
 
 
 class GPT(nn.Module):
@@ -1334,7 +1485,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(cfg.num_layers))
         skips = max(depth_plan(cfg, looped=looped).skips for looped in (False, True))
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim))
+        # What an option does not need does not exist.
+        if cfg.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim))
+        if cfg.parallel_residual_form == "lanes":
+            self.lane_merge = nn.Parameter(torch.tensor(0.5))
+        if cfg.smear_gate_enabled:
+            self.smear_gate = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        self.value_embedding = ValueEmbedding(cfg) if cfg.ve_dim else None
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -1346,6 +1505,30 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(module.weight, generator=draw)
             nn.init.zeros_(block.attn.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.proj.weight)
+        if self.value_embedding is not None:
+            nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
+            nn.init.zeros_(self.value_embedding.proj.weight)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The input stream (B, T, D)."""
+        x = F.embedding(tokens, self.head.weight).to(self.compute_dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, x.dtype)
+        x = rms_norm(x)
+        if self.cfg.smear_gate_enabled:
+            gate = self.smear_gate.sigmoid().to(x.dtype)
+            x = (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return x
+
+    def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """The running stream with a skip in it, gated or added."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if not self.cfg.skip_gates_enabled:
+            return x + skip
+        gate = self.skip_gates[row].sigmoid().to(x.dtype)
+        return gate * x + (1 - gate) * skip
 
     def forward(
         self,
@@ -1366,15 +1549,20 @@ class GPT(nn.Module):
         Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
         """
         rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        x = x0 = rms_norm(F.embedding(tokens, self.head.weight).to(self.compute_dtype))
-        skips = []
+        x = x0 = lane = self.embed(tokens)
+        values = self.value_embedding(tokens, x.dtype) if self.value_embedding is not None else {}
+        skips, lanes = [], False
         for visit in plan.visits:
             if visit.pop >= 0:
-                gate = self.skip_gates[visit.pop].sigmoid().to(x.dtype)
-                x = gate * x + (1 - gate) * (self.skip_weights[visit.pop].to(x.dtype) * skips.pop())
-            x = self.blocks[visit.layer](x, x0, rotary, parallel=visit.parallel)
+                x = self.mix_skip(x, skips.pop(), visit.pop)
+            if visit.form == "lanes" and not lanes:
+                lane, lanes = x, True
+            block, value = self.blocks[visit.layer], values.get(visit.layer)
+            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits)
             if visit.push:
                 skips.append(x)
+        if lanes:
+            x = self.lane_merge.to(x.dtype) * x + (1 - self.lane_merge).to(x.dtype) * lane
         if tail is not None:
             x, targets = x[:, -tail:], None if targets is None else targets[:, -tail:]
         cap = self.cfg.logit_softcap
@@ -1409,27 +1597,40 @@ class GPT(nn.Module):
 class Rule(NamedTuple):
     """Who optimizes and who stores the tensors whose whole name matches `pattern`.
 
-    bits 0: stored as float16; else GPTQ with codes of that width.
+    quantizer: "gptq" or "nearest" for codes of `bits`, or the float type that is stored (bits 0).
+    clip_sigmas, percentiles: how a row's range is found, see `row_scales`.
     """
 
     pattern: str
     optimizer: str
-    bits: int
-    clip_sigmas: float
+    quantizer: str
+    bits: int = 0
+    clip_sigmas: float = 0.0
+    percentiles: tuple[float, ...] = ()
+
+
+MATRIX_PERCENTILES, TABLE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)
+QAT_PERCENTILES = (0.9995,)
 
 
 def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
     """The only place that decides how a tensor is optimized and stored."""
+    searched = cfg.clip_rule == "percentile"
+    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, MATRIX_PERCENTILES if searched else ())
+    table = (cfg.embed_bits, cfg.embed_clip_sigmas, TABLE_PERCENTILES if searched else ())
+    words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
+    weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
+    vectors = (
+        r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_(weights|gates)"
+        r"|lane_merge|smear_gate|bigram\.scale|value_embedding\.(scale|layer_scales)"
+    )
     return (
-        Rule(r"head\.weight", "embedding", cfg.embed_bits, cfg.embed_clip_sigmas),
-        Rule(
-            r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight",
-            "matrix",
-            cfg.matrix_bits,
-            cfg.matrix_clip_sigmas,
-        ),
-        Rule(r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)", "scalar", 0, 0.0),
-        Rule(r"skip_(weights|gates)", "scalar", 0, 0.0),
+        Rule(r"head\.weight", "embedding", cfg.embed_quantizer, *table),
+        Rule(r"(bigram|value_embedding)\.table", "embedding", "nearest", *table),
+        Rule(rf"(?!.*({words})){weights}", "matrix", "gptq", *matrix),
+        Rule(rf"(?=.*({words})){weights}", "matrix", "gptq", *table),
+        Rule(r"(bigram|value_embedding)\.proj\.weight", "matrix", "float16"),
+        Rule(vectors, "scalar", cfg.control_dtype),
     )
 
 
@@ -1542,11 +1743,17 @@ def make_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> dict[str, tor
     }
 
 
-def lr_scale(frac: float, cfg: Config) -> float:
-    """Learning-rate multiplier at a part of training: 1, then a line to 0, never below MIN_LR."""
-    if frac < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
-        return 1.0
-    return max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
+def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
+    """Learning-rate multiplier at a part of training: 1, then a line to 0, never below MIN_LR.
+
+    The line takes the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps at the speed so far:
+    `step` steps in a part `frac` leave step (1 - frac) / frac.
+    """
+    if cfg.warmdown_iters:
+        scale = step * (1 - frac) / frac / cfg.warmdown_iters if frac else 1.0
+    else:
+        scale = (1 - frac) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return max(min(scale, 1.0), cfg.min_lr)
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
@@ -1628,6 +1835,7 @@ class Trained(NamedTuple):
 
     steps: int
     looped: bool  # whether the last step ran the looped plan
+    invalid_for_records: tuple[str, ...] = ()  # why a result can never be a record
 
 
 def training_frac(step: int, seconds: float, cfg: Config) -> float:
@@ -1663,7 +1871,7 @@ def apply_gradients(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
 ) -> None:
     """Add the gradients of all ranks, clip their global norm (0: not), step, drop them."""
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     for parameter in params:
         if parameter.grad is None:  # this rank had no text
             parameter.grad = torch.zeros_like(parameter)
@@ -1679,7 +1887,7 @@ def set_schedule(
     optimizers: Mapping[str, torch.optim.Optimizer], step: int, frac: float, cfg: Config
 ) -> dict[str, float]:
     """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
-    scale = lr_scale(frac, cfg)
+    scale = lr_scale(frac, cfg, step)
     rates = {
         "matrix": cfg.matrix_lr * scale,
         "embedding": cfg.tied_embed_lr * scale,
@@ -1694,7 +1902,7 @@ def set_schedule(
 def warm_up(
     forward: Callable, model: nn.Module, loader: Loader, cfg: Config, rt: Runtime, log: Log
 ) -> None:
-    """Run real steps of both depth plans, so that all is compiled before the clock, then undo them.
+    """Run real steps of all depth plans, so that all is compiled before the clock, then undo them.
 
     Nothing outlives it: the weights are put back, the optimizers are its own, the loader has no
     state, and the random state is restored.
@@ -1702,6 +1910,8 @@ def warm_up(
     weights = copy.deepcopy(model.state_dict())
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     plans = dict.fromkeys(depth_plan(cfg, looped=looped) for looped in (False, True))
+    if cfg.late_qat_threshold:
+        plans |= dict.fromkeys(plan._replace(fake_bits=cfg.matrix_bits) for plan in plans)
     with torch.random.fork_rng():
         for plan in plans:
             optimizers = make_optimizers(model, cfg, rt)
@@ -1768,6 +1978,24 @@ class StepLog:
         self.log.put(curve=self.curve, step_ms=medians)
 
 
+def due_plan(
+    plan: DepthPlan, looped: DepthPlan, step: int, frac: float, cfg: Config, log: Log
+) -> DepthPlan:
+    """The plan of a step: recurrence and rounded training begin when they are due, and stay."""
+    at_step, scale = cfg.enable_looping_at_step, lr_scale(frac, cfg, step)
+    due = step >= at_step if at_step else frac >= cfg.enable_looping_at
+    if due and plan.visits != looped.visits:
+        plan = plan._replace(visits=looped.visits)
+        log.line(
+            f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{plan.encoder} "
+            f"decoder:{plan.decoder}"
+        )
+    if scale < cfg.late_qat_threshold and not plan.fake_bits:
+        plan = plan._replace(fake_bits=cfg.matrix_bits)
+        log.line(f"late_qat:enabled step:{step} scale:{scale:.4f}")
+    return plan
+
+
 def train(
     forward: Callable,
     model: GPT,
@@ -1800,12 +2028,7 @@ def train(
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 validate(plan, f"{step}/{cfg.iterations}")
-            if plan != looped and frac >= cfg.enable_looping_at:
-                plan = looped
-                log.line(
-                    f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{plan.encoder} "
-                    f"decoder:{plan.decoder}"
-                )
+            plan = due_plan(plan, looped, step, frac, cfg, log)
             report.begin(seconds, plan)
             rates = set_schedule(optimizers, step, frac, cfg)
             loss = train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
@@ -1822,7 +2045,60 @@ def train(
             f"stopping_early: wallclock_cap train_time: {seconds * 1e3:.0f}ms "
             f"step: {step}/{cfg.iterations}"
         )
-    return Trained(step, plan != plain)
+    return Trained(step, plan.visits != plain.visits)
+
+
+def fine_tune_on_validation(
+    forward: Callable, model: GPT, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
+) -> None:
+    """Train on the text that will be scored, as system #1487 did; its result is no record.
+
+    AdamW, cosine over the epochs down to a tenth, first blocks frozen; `forward` has its depth plan
+    bound. Changes the model in place.
+    """
+    length, epochs = cfg.eval_seq_len, cfg.prequant_ttt_epochs
+    count = (len(val.tokens) - 1) // length
+    places = np.arange(count)[:, None] * length + np.arange(length + 1)
+    rows = max(cfg.prequant_ttt_batch_tokens // length, 1)
+    freeze(model, cfg.prequant_ttt_freeze_blocks, embeddings=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    for epoch in range(epochs):
+        floor = 0.1 * cfg.prequant_ttt_lr
+        swing = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        optimizer.param_groups[0]["lr"] = floor + (cfg.prequant_ttt_lr - floor) * swing
+        losses, begun, show = [], time.perf_counter(), log.progress("prequant_ttt")
+        for first in range(0, count, rows):
+            batch = val.tokens[places[first : first + rows]]
+            losses.append(text_gradients(forward, batch, cfg, rt) * len(batch))
+            apply_gradients(model, [optimizer], 1.0, rt)
+            show(min(first + rows, count) / count)
+        loss = float(torch.stack(losses).sum()) / count
+        seconds = time.perf_counter() - begun
+        log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} loss:{loss:.4f} time:{seconds:.1f}s")
+    model.requires_grad_(True)
+
+
+def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
+    """Keep the first blocks, and perhaps the embeddings, as they are in what follows."""
+    for block in model.blocks[:blocks]:
+        block.requires_grad_(False)
+    if embeddings:
+        for name, parameter in model.named_parameters():
+            if rule_of(name, tensor_rules(model.cfg)).optimizer == "embedding":
+                parameter.requires_grad_(False)
+
+
+def text_gradients(forward: Callable, rows: np.ndarray, cfg: Config, rt: Runtime) -> Tensor:
+    """Add the gradients of the mean loss of rows (n, T + 1), shared by the ranks; returns it."""
+    mine, total = rt.to_device(rows[rt.share(len(rows))]), torch.zeros((), device=rt.device)
+    for micro in mine.split(max(cfg.micro_batch_tokens // cfg.eval_seq_len, 1)):
+        if len(micro):
+            loss = forward(*inputs_and_targets(micro)) * (len(micro) / len(rows))
+            loss.backward()
+            total += loss.detach()
+    rt.sum_(total)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1852,11 +2128,12 @@ class Quantized:
 def collect_hessians(
     model: GPT, loader: Loader, first: int, plan: DepthPlan, cfg: Config, rt: Runtime, log: Log
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of each Linear: {module name: (inputs, inputs) float32}.
+    """Mean of x x^T over the inputs x of each Linear that GPTQ stores, by module name.
 
     Args:
         first: training window with which calibration begins; the ranks share the windows.
         plan: a layer that it visits more than once adds up its visits.
+    Returns: (inputs, inputs) float32 each.
     The head's inputs are the outputs of the final norm: the Hessian of the tied embedding is taken
     where it is read as a head. Ends early, on all ranks, if the training budget would be exceeded.
     """
@@ -1866,14 +2143,20 @@ def collect_hessians(
         width = module.in_features
         sums[name], rows[name] = torch.zeros(width, width, device=rt.device), 0
 
-        def hook(module: Linear, inputs: tuple[Tensor]) -> None:
+        def hook(module: Linear, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
             sums[name].addmm_(x.T, x)
             rows[name] += len(x)
 
         return module.register_forward_pre_hook(hook)
 
-    taps = [tap(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
+    rules = tensor_rules(cfg)
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
+    taps = [
+        tap(name, module)
+        for name, module in linears
+        if rule_of(f"{name}.weight", rules).quantizer == "gptq"
+    ]
     per_batch = max(cfg.train_batch_tokens // cfg.train_seq_len // 8, 1)
     most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
     with contextlib.closing(loader.batches(rt, per_batch, first)) as batches:
@@ -1902,18 +2185,60 @@ def collect_hessians(
     return sums
 
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, *, bits: int, clip_sigmas: float) -> Quantized:
+def row_scales(
+    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float]
+) -> Tensor:
+    """The float16 step of each row: half its range over the largest code.
+
+    The range is `clip_sigmas` standard deviations (SDClip), or the best of some percentiles.
+    """
+    if percentiles:
+        scales = percentile_scales(weight, bits, percentiles)
+    else:
+        scales = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
+    return scales.clamp_min(SMALLEST_SCALE).half()
+
+
+def percentile_scales(weight: Tensor, bits: int, percentiles: Sequence[float]) -> Tensor:
+    """Per row, of the steps that end the range at a percentile of |w|, the one with least error."""
+    sizes, top = weight.detach().float().abs(), 2 ** (bits - 1) - 1
+    at = torch.tensor(percentiles, device=weight.device)
+    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(SMALLEST_SCALE)  # (P, rows)
+    if len(percentiles) == 1:
+        return steps[0]
+    rounded = [(sizes / s[:, None]).round().clamp_max(top) * s[:, None] for s in steps]
+    errors = torch.stack([(r - sizes).square().sum(1) for r in rounded])
+    return steps.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def round_to_nearest(weight: Tensor, scales: Tensor, bits: int) -> Quantized:
+    """Codes of each entry by itself."""
+    top = 2 ** (bits - 1) - 1
+    codes = (weight.float() / scales.float()[:, None]).round().clamp(-top, top)
+    return Quantized(codes.to(torch.int8), scales, bits)
+
+
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    clip_sigmas: float,
+    percentiles: Sequence[float] = (),
+    descending: bool = True,
+) -> Quantized:
     """Round a matrix to integers so that its *outputs*, not its entries, change least.
 
     Args:
         weight: (rows, cols) float. Not modified.
         hessian: (cols, cols) float, mean of x x^T over calibration inputs x. Not modified.
         bits: width of a code; codes lie in +-(2**(bits-1) - 1).
-        clip_sigmas: half the clipping range, in standard deviations of the row (SDClip).
+        clip_sigmas, percentiles: see `row_scales`.
+        descending: take the columns by falling diagonal of the Hessian, else by rising.
 
     Returns: codes and scales on the weight's device.
     Raises: ValueError if the shapes disagree or bits is not in 2..8.
-    Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, columns by decreasing diagonal.
+    Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, columns by their diagonal.
     """
     rows, cols = weight.shape
     if hessian.shape != (cols, cols) or not 2 <= bits <= 8:
@@ -1921,11 +2246,11 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, *, bits: int, clip_sigmas: fl
             f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}, bits {bits}"
         )
     w, h, top = weight.float().clone(), hessian.float().clone(), 2 ** (bits - 1) - 1
-    scales = (clip_sigmas * w.std(dim=1) / top).clamp_min(SMALLEST_SCALE).half()
+    scales = row_scales(w, bits, clip_sigmas, percentiles)
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0
     w[:, dead] = 0.0
-    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    order = torch.argsort(h.diagonal(), descending=descending, stable=True)
     w, h = w[:, order], h[order][:, order]
     h.diagonal().add_(GPTQ_DAMPING * h.diagonal().mean())
     u = inverse_factor(h)
@@ -1961,26 +2286,53 @@ def quantize_model(
     log: Log,
     coarser: float = 1.0,
 ) -> dict[str, Quantized | Tensor]:
-    """Store every tensor as its rule says: GPTQ codes, or float16.
+    """Store every tensor as its rule says: codes by GPTQ or to nearest, or floats.
 
     Args:
         hessians: by module name (a tensor's name without ``.weight``).
-        coarser: multiplies every clipping range; entropy falls by log2 of it, bits per code.
+        coarser: multiplies ranges of the sigma rule; entropy falls by log2 of it, bits per code.
     """
     stored, show = {}, log.progress("quantization")
     for done, (name, weight) in enumerate(weights.items()):
         rule = rule_of(name, tensor_rules(cfg))
-        if rule.bits:
+        sigmas = rule.clip_sigmas * coarser
+        if rule.quantizer == "gptq":
             stored[name] = gptq_quantize(
                 weight,
                 hessians[name.removesuffix(".weight")],
                 bits=rule.bits,
-                clip_sigmas=rule.clip_sigmas * coarser,
+                clip_sigmas=sigmas,
+                percentiles=rule.percentiles,
+                descending=cfg.gptq_order == "descending",
             )
+        elif rule.quantizer == "nearest":
+            scales = row_scales(weight, rule.bits, sigmas, rule.percentiles)
+            stored[name] = round_to_nearest(weight, scales, rule.bits)
         else:
-            stored[name] = weight.half()
+            stored[name] = weight.to(getattr(torch, rule.quantizer))
         show((done + 1) / len(weights))
     return stored
+
+
+def prune_ones(tensors: Mapping[str, Quantized | Tensor], bits: int, count: int) -> int:
+    """Zero up to `count` codes of +-1, those of the smallest steps first, in place.
+
+    Only tensors of this width; returns how many codes were zeroed.
+    """
+    rows = [
+        (float(scale), tensor.codes[i])
+        for tensor in tensors.values()
+        if isinstance(tensor, Quantized) and tensor.bits == bits
+        for i, scale in enumerate(tensor.scales)
+    ]
+    left = count
+    for _, codes in sorted(rows, key=lambda row: row[0]):
+        ones = codes.abs().eq(1).nonzero()[:left, 0]
+        codes[ones] = 0
+        left -= len(ones)
+        if not left:
+            break
+    return count - left
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2200,26 +2552,30 @@ def fit_artifact(
     rt: Runtime,
     log: Log,
 ) -> bytes:
-    """Quantize and pack, with wider clipping ranges until code and artifact fit MAX_TOTAL_BYTES.
+    """Quantize and pack, and spend less on the codes until code and artifact fit MAX_TOTAL_BYTES.
 
-    A range wider by 2^e lowers the entropy of a code by about e bits, so the excess tells how much.
+    FIT_RULE coarser: a range wider by 2^e lowers the entropy of a code by about e bits, so the
+    excess tells how much. FIT_RULE prune: eight codes of +-1 become 0 for each byte too many.
     Raises: ArtifactError if it cannot be made to fit.
     """
-    coarser, limit = 1.0, cfg.max_total_bytes - code_bytes()
+    coarser, limit, tensors = 1.0, cfg.max_total_bytes - code_bytes(), {}
     for _ in range(FIT_ATTEMPTS):
-        with rt.budget.phase("quantization"):
-            tensors = quantize_model(weights, hessians, cfg, log, coarser)
+        if not tensors or cfg.fit_rule == "coarser":
+            with rt.budget.phase("quantization"):
+                tensors = quantize_model(weights, hessians, cfg, log, coarser)
         with rt.budget.phase("compression"):
             blob = pack(tensors, header, cfg.compressor)
-        if len(blob) <= limit:
+        excess = len(blob) - limit
+        if excess <= 0:
             log_storage(tensors, log)
             return blob
-        codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
-        log.line(
-            f"artifact: {len(blob)} bytes, {len(blob) - limit} too many with clipping ranges x "
-            f"{coarser:.4f}; coarser"
-        )
-        coarser *= 2 ** min(0.002 + 1.05 * 8 * (len(blob) - limit) / codes, 1.0)
+        if cfg.fit_rule == "prune":
+            pruned = prune_ones(tensors, cfg.matrix_bits, 8 * excess)
+            log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
+        else:
+            log.line(f"artifact: {excess} bytes too many with ranges x {coarser:.4f}; coarser")
+            codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
+            coarser *= 2 ** min(0.002 + 1.05 * 8 * excess / codes, 1.0)
     raise ArtifactError(
         f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
         f"{limit:,}; lower MATRIX_BITS or the size of the model"
@@ -2444,59 +2800,71 @@ def adapt(
     The ranks share the sequences; a rank without any still takes part in the sum.
     """
     length = cfg.eval_seq_len
-    count = (len(text) - 1) // length
-    places = np.arange(count)[:, None] * length + np.arange(length + 1)
-    mine = rt.to_device(text[places[rt.share(count)]])
+    starts = np.arange((len(text) - 1) // length)[:, None] * length
     for _ in range(cfg.ttt_epochs):
-        for micro in mine.split(cfg.micro_batch_tokens // length):
-            if len(micro):
-                loss = forward(*inputs_and_targets(micro)) * (len(micro) / count)
-                loss.backward()
+        text_gradients(forward, text[starts + np.arange(length + 1)], cfg, rt)
         apply_gradients(model, [optimizer], cfg.ttt_grad_clip, rt)
 
 
 class TestTimeTraining:
-    """`after_chunk` of system #1493: SGD with momentum on all parameters, cosine over the chunks.
+    """`after_chunk` of systems #1493 and #578: SGD or AdamW on scored text, cosine over the chunks.
 
-    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS; then it only
-    watches. `forward` is the model, its depth plan bound.
+    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS, and for the first
+    TTT_TRAIN_CHUNKS chunks; then it only watches. With TTT_EMA_DECAY an average of the trained
+    weights scores. `forward` is the model, its depth plan bound.
     """
 
-    def __init__(self, forward: Callable, model: nn.Module, cfg: Config, rt: Runtime, log: Log):
+    def __init__(self, forward: Callable, model: GPT, cfg: Config, rt: Runtime, log: Log):
         self.forward, self.model, self.cfg, self.rt, self.log = forward, model, cfg, rt, log
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=cfg.ttt_lr, momentum=cfg.ttt_momentum
-        )
+        freeze(model, cfg.ttt_freeze_blocks, embeddings=cfg.ttt_freeze_embeddings)
+        params = [p for p in model.parameters() if p.requires_grad]
+        sgd = functools.partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
+        adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0)
+        self.optimizer = (sgd if cfg.ttt_optimizer == "sgd" else adamw)(params, lr=cfg.ttt_lr)
+        # Decay 0 keeps a plain copy: the weights that train, while their average scores.
+        decays = (cfg.ttt_ema_decay, 0.0) if cfg.ttt_ema_decay else ()
+        self.copies = [Ema(model, decay) for decay in decays]
         self.adapted, self.stopped, self.since = 0, False, time.perf_counter()
         self.scoring, self.adapting = [], []  # seconds of each chunk
 
     def __call__(self, text: np.ndarray, number: int, chunks: int) -> None:
         self.scoring.append(time.perf_counter() - self.since)
+        adapting = self.cfg.ttt_train_chunks or chunks
         self.stopped = self.stopped or self.out_of_time(chunks - number - 1)
-        if not self.stopped:
-            lr = 0.5 * self.cfg.ttt_lr * (1 + math.cos(math.pi * number / (chunks - 1)))
-            self.optimizer.param_groups[0]["lr"] = lr
+        if number < adapting and not self.stopped:
+            swing = 0.5 * (1 + math.cos(math.pi * number / max(adapting - 1, 1)))
+            self.optimizer.param_groups[0]["lr"] = self.cfg.ttt_lr * swing
             begin = time.perf_counter()
-            adapt(self.forward, self.model, self.optimizer, text, self.cfg, self.rt)
+            self.train(text)
             self.rt.synchronize()
             self.adapted += 1
             self.adapting.append(time.perf_counter() - begin)
         self.since = time.perf_counter()
 
+    def train(self, text: np.ndarray) -> None:
+        """Adapt the trained weights, and leave those that score in the model."""
+        if self.copies:
+            self.copies[1].store()
+        adapt(self.forward, self.model, self.optimizer, text, self.cfg, self.rt)
+        for copied in self.copies:
+            copied.update()
+        if self.copies:
+            self.copies[0].store()
+
     def out_of_time(self, chunks_left: int) -> bool:
         """Whether one more adaptation would take the time that scoring the rest needs."""
         if len(self.adapting) < 2 or not self.cfg.eval_wallclock_seconds:
             return False  # the first chunks include compilation, they tell nothing
-        needed = float(np.median(self.scoring[1:])) * chunks_left + float(
-            np.median(self.adapting[1:])
-        )
+        needed = float(np.median(self.scoring[1:])) * chunks_left
+        needed += float(np.median(self.adapting[1:]))
         (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
-        if ends > self.cfg.eval_wallclock_seconds:
+        late = ends > self.cfg.eval_wallclock_seconds
+        if late:
             self.log.line(
                 f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
                 f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
             )
-        return ends > self.cfg.eval_wallclock_seconds
+        return late
 
 
 BASELINE_MAX_BYTES = 4_000_000  # xz and brotli need seconds per megabyte
@@ -2615,18 +2983,26 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
             seq_len=cfg.train_seq_len,
             vocab_size=cfg.vocab_size,
             seed=cfg.seed,
+            order=cfg.loader,
         )
     log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
     if cfg.checkpoint:
         blob = read_file(cfg.checkpoint, rt)
         with rt.together():
             model, cfg, header = load_model(blob, cfg, rt, cfg.checkpoint)
-        forward, trained = rt.compile(model), Trained(0, header["looped"])
+        forward = rt.compile(model)
+        trained = Trained(0, header["looped"], tuple(header.get("invalid_for_records", ())))
     else:
         model, forward, trained = train_model(loader, val, cfg, rt, log)
     plan = depth_plan(cfg, looped=trained.looped)
     plain = functools.partial(plain_score, forward, plan, val, cfg, rt)
     stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
+    if cfg.prequant_ttt_epochs:
+        with rt.budget.phase("prequant_ttt"):
+            bound = functools.partial(forward, plan=plan)
+            fine_tune_on_validation(bound, model, val, cfg, rt, log)
+        stage("post-prequant-ttt", "diagnostic", rt, log, plain)
+        trained = trained._replace(invalid_for_records=(TRAINED_ON_VALIDATION,))
     with rt.budget.phase("calibration"):
         first = trained.steps * (cfg.train_batch_tokens // cfg.train_seq_len)
         hessians = collect_hessians(model, loader, first, plan, cfg, rt, log)
@@ -2636,6 +3012,9 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
         if rt.is_main:
             write_artifact(model, hessians, trained, table, cfg, rt, log)
     return trained.steps
+
+
+TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
 
 
 def plain_score(
@@ -2686,7 +3065,12 @@ def write_artifact(
     log: Log,
 ) -> None:
     """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
-    header = dict(model=cfg.model_settings(), looped=trained.looped, tokenizer_sha256=table.digest)
+    header = dict(
+        model=cfg.model_settings(),
+        looped=trained.looped,
+        tokenizer_sha256=table.digest,
+        invalid_for_records=trained.invalid_for_records,
+    )
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if cfg.save_checkpoint:
         atomic_write(log.path("ckpt"), pack(weights, header, "none"))
@@ -2750,6 +3134,9 @@ def score_artifact(
                 f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
                 f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
             )
+    if reasons := header.get("invalid_for_records"):
+        log.line(f"invalid_for_records: {'; '.join(reasons)}")
+        log.put(invalid_for_records=reasons)
     forward, plan = rt.compile(model), depth_plan(cfg, looped=header["looped"])
     name, _, why = select_attention(cfg.attention, rt.device, rt.compute_dtype)
     log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
@@ -2802,6 +3189,8 @@ def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log
         steps=steps,
         seed=cfg.seed,
     )
+    if "invalid_for_records" in log.record:
+        result["invalid_for_records"] = 1
     log.put(budget=report, result=result)
     log.line("result " + " ".join(f"{key}={value}" for key, value in result.items()))
 

@@ -326,7 +326,7 @@ def test_a_tight_limit_and_another_compressor_change_the_artifact_and_not_the_pi
     done = start({**env, **changes, "MAX_TOTAL_BYTES": f"{limit}"})
     assert done.returncode == 0, done.stderr
     text, tight, smaller = outputs(env, "tight")
-    assert "too many with clipping ranges x 1.0000; coarser" in text
+    assert "bytes too many with ranges x 1.0000; coarser" in text
     assert f"Total submission size quantized+zstd: {tight['result']['total_bytes']} bytes" in text
     assert tight["result"]["total_bytes"] == t.code_bytes() + len(smaller) <= limit
     assert tight["result"]["val_bpb"] < 1.2 * record["result"]["val_bpb"]

@@ -203,7 +203,8 @@ def test_every_pushed_skip_is_popped_once_last_first(layers, start, width):
                 pairs.append((visit.pop, stack.pop(), place))
             if visit.push:
                 stack.append(place)
-            assert visit.parallel == (visit.layer >= cfg.parallel_residual_start)
+            late = visit.layer >= cfg.parallel_residual_start
+            assert visit.form == ("gptj" if late else "sequential")
         half = len(naive) // 2
         assert not stack
         assert pairs == [(j, half - 1 - j, half + j) for j in range(half)]
@@ -330,7 +331,7 @@ def visits_of(model, tokens, plan):
     for layer, block in enumerate(model.blocks):
         hooks.append(
             block.register_forward_hook(
-                lambda module, args, out, layer=layer: seen.append((layer, args[0], out))
+                lambda module, args, out, layer=layer: seen.append((layer, args[0], out[0]))
             )
         )
         hooks.append(block.attn.q.register_forward_pre_hook(lambda m, args: reads.append(args[0])))
@@ -377,8 +378,9 @@ def test_a_parallel_block_reads_one_input_twice_and_a_sequential_one_does_not():
     attn = block.attn_scale * block.attn(norm(x_in), rotary)
     parallel = x_in + attn + block.mlp_scale * block.mlp(norm(x_in))
     sequential = x_in + attn + block.mlp_scale * block.mlp(norm(x_in + attn))
-    for form, expected in ((True, parallel), (False, sequential)):
-        got = block(x, x0, rotary, parallel=form)
+    for form, expected in (("gptj", parallel), ("sequential", sequential)):
+        got, lane = block(x, x0, x0, rotary, form)
+        assert lane is x0
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(parallel, sequential, atol=0.1)
 
@@ -598,7 +600,7 @@ def test_bfloat16_activations_keep_float32_weights_logits_and_nearly_the_loss():
         inner = []
         model.blocks[5].register_forward_hook(lambda m, args, out, inner=inner: inner.append(out))
         losses[dtype] = model(tokens[:, :-1], tokens[:, 1:], plan=plans(SMALL)[1])
-        assert inner[0].dtype == dtype
+        assert inner[0][0].dtype == dtype
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert losses[dtype].dtype == torch.float32
     assert losses[torch.bfloat16] != losses[torch.float32]

@@ -269,13 +269,13 @@ def test_vectors_and_the_embedding_take_the_steps_of_adamw(tiny_cfg, rt):
 
 def test_a_tensor_that_no_rule_claims_is_our_mistake_at_the_start(tiny_cfg, rt):
     model = GPT(tiny_cfg)
-    model.smear_gate = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="tensor smear_gate is claimed by 0 rules"):
+    model.mystery = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match="tensor mystery is claimed by 0 rules"):
         t.make_optimizers(model, tiny_cfg, rt)
 
 
 def test_a_tensor_that_two_rules_claim_is_our_mistake_at_the_start(tiny_cfg, rt, monkeypatch):
-    rules = (*t.tensor_rules(tiny_cfg), t.Rule(r"blocks\.2\..*", "scalar", 0, 0.0))
+    rules = (*t.tensor_rules(tiny_cfg), t.Rule(r"blocks\.2\..*", "scalar", "float16"))
     monkeypatch.setattr(t, "tensor_rules", lambda cfg: rules)
     with pytest.raises(AssertionError, match=r"tensor blocks\.2\.\S+ is claimed by 2 rules"):
         t.make_optimizers(GPT(tiny_cfg), tiny_cfg, rt)
@@ -290,9 +290,9 @@ def test_a_rule_claims_whole_names_only(tiny_cfg):
 def test_bits_and_clipping_of_a_rule_follow_the_settings():
     cfg = Config(matrix_bits=5, matrix_clip_sigmas=9.0, embed_bits=7, embed_clip_sigmas=14.0)
     rules = t.tensor_rules(cfg)
-    assert t.rule_of("blocks.7.mlp.up.weight", rules)[2:] == (5, 9.0)
-    assert t.rule_of("head.weight", rules)[2:] == (7, 14.0)
-    assert t.rule_of("skip_gates", rules)[2:] == (0, 0.0)
+    assert t.rule_of("blocks.7.mlp.up.weight", rules)[2:] == ("gptq", 5, 9.0, ())
+    assert t.rule_of("head.weight", rules)[2:] == ("gptq", 7, 14.0, ())
+    assert t.rule_of("skip_gates", rules)[2:] == ("float16", 0, 0.0, ())
 
 
 # --- schedules ---

@@ -141,7 +141,7 @@ def test_recurrence_starts_at_its_part_of_training_and_is_logged(tiny_cfg, rt, l
 
     with t.Log(str(tmp_path), "loop") as log:
         trained = t.train(forward, model, loader, lambda *a: None, cfg, rt, log)
-    assert trained == (20, True)
+    assert trained == (20, True, ())
     assert seen == [11] * 7 * cfg.micro_batches(1) + [17] * 13 * cfg.micro_batches(1)
     assert (
         "layer_loop:enabled step:7 frac:0.350 encoder:[0, 1, 2, 3, 4, 5, 3, 4] "
@@ -151,9 +151,9 @@ def test_recurrence_starts_at_its_part_of_training_and_is_logged(tiny_cfg, rt, l
 
 def test_a_run_too_short_for_recurrence_says_so_in_its_result(tiny_cfg, rt, loader, silent_log):
     cfg = dataclasses.replace(tiny_cfg, iterations=2, enable_looping_at=0.9)
-    assert run_train(cfg, rt, silent_log, loader)[1] == (2, False)
+    assert run_train(cfg, rt, silent_log, loader)[1] == (2, False, ())
     cfg = dataclasses.replace(tiny_cfg, iterations=2, num_loops=0)
-    assert run_train(cfg, rt, silent_log, loader)[1] == (2, False)
+    assert run_train(cfg, rt, silent_log, loader)[1] == (2, False, ())
 
 
 def test_training_lowers_the_loss(tiny_cfg, rt, loader, tmp_path):
