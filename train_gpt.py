@@ -219,6 +219,7 @@ class Config:
         20.0, "half the range of a row, in its standard deviations", low=0.1
     )
     clip_rule: str = knob("sigmas", "how a row's range is found", choices=("sigmas", "percentile"))
+    scale_floor: bool = knob(False, "a row's step is at least 1 over the largest code")
     gptq_order: str = knob(
         "descending", "columns by their Hessian's diagonal", choices=("descending", "ascending")
     )
@@ -327,6 +328,8 @@ class Config:
         expect("ve_layers", inside, f"layers below NUM_LAYERS={self.num_layers}, by commas")
         fits = self.clip_rule == "sigmas" or self.fit_rule == "prune"
         expect("fit_rule", fits, "prune, as CLIP_RULE=percentile has no wider ranges")
+        alike = not (self.int8_sensitive and self.late_qat_threshold)
+        expect("int8_sensitive", alike, "nothing: LATE_QAT_THRESHOLD rounds all to MATRIX_BITS")
         expect("bigram_vocab_size", self.bigram_vocab_size != 1, "0, or at least 2")
         code = code_bytes()
         expect("max_total_bytes", self.max_total_bytes > code, f"more than the code's own {code}")
@@ -1341,7 +1344,8 @@ class Linear(nn.Linear):
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     """A matrix rounded as the percentile rule stores it; its gradient passes straight through."""
     with torch.no_grad():
-        scales = percentile_scales(weight, bits, QAT_PERCENTILES)[:, None]
+        smallest = smallest_step(bits, floored=True)
+        scales = percentile_scales(weight, bits, QAT_PERCENTILES, smallest)[:, None]
         rounded = (weight / scales).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) * scales
     return weight + (rounded - weight).detach()
 
@@ -1598,7 +1602,7 @@ class Rule(NamedTuple):
     """Who optimizes and who stores the tensors whose whole name matches `pattern`.
 
     quantizer: "gptq" or "nearest" for codes of `bits`, or the float type that is stored (bits 0).
-    clip_sigmas, percentiles: how a row's range is found, see `row_scales`.
+    clip_sigmas, percentiles, smallest: how a row's step is found, see `row_scales`.
     """
 
     pattern: str
@@ -1607,6 +1611,7 @@ class Rule(NamedTuple):
     bits: int = 0
     clip_sigmas: float = 0.0
     percentiles: tuple[float, ...] = ()
+    smallest: float = 0.0
 
 
 MATRIX_PERCENTILES, TABLE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)
@@ -1616,8 +1621,13 @@ QAT_PERCENTILES = (0.9995,)
 def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
     """The only place that decides how a tensor is optimized and stored."""
     searched = cfg.clip_rule == "percentile"
-    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, MATRIX_PERCENTILES if searched else ())
-    table = (cfg.embed_bits, cfg.embed_clip_sigmas, TABLE_PERCENTILES if searched else ())
+    steps = [
+        smallest_step(bits, floored=searched or cfg.scale_floor)
+        for bits in (cfg.matrix_bits, cfg.embed_bits)
+    ]
+    percentiles = (MATRIX_PERCENTILES, TABLE_PERCENTILES) if searched else ((), ())
+    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, percentiles[0], steps[0])
+    table = (cfg.embed_bits, cfg.embed_clip_sigmas, percentiles[1], steps[1])
     words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
     weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
     vectors = (
@@ -1971,7 +1981,9 @@ class StepLog:
     def close(self) -> None:
         """Say how long a step took in each depth plan, and keep the facts."""
         medians = {
-            f"{len(plan.visits)}_visits": round(1e3 * float(np.median(times)), 3)
+            f"{len(plan.visits)}_visits{'_rounded' * bool(plan.fake_bits)}": round(
+                1e3 * float(np.median(times)), 3
+            )
             for plan, times in self.durations.items()
         }
         self.log.line("step_ms " + " ".join(f"{key}:{value}" for key, value in medians.items()))
@@ -2185,25 +2197,32 @@ def collect_hessians(
     return sums
 
 
+def smallest_step(bits: int, *, floored: bool) -> float:
+    """The least step of a row: what float16 can hold, or, in two public systems, 1 over the top."""
+    return 1 / (2 ** (bits - 1) - 1) if floored else SMALLEST_SCALE
+
+
 def row_scales(
-    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float]
+    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float], smallest: float
 ) -> Tensor:
-    """The float16 step of each row: half its range over the largest code.
+    """The float16 step of each row: half its range over the largest code, at least `smallest`.
 
     The range is `clip_sigmas` standard deviations (SDClip), or the best of some percentiles.
     """
     if percentiles:
-        scales = percentile_scales(weight, bits, percentiles)
+        scales = percentile_scales(weight, bits, percentiles, smallest)
     else:
         scales = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
-    return scales.clamp_min(SMALLEST_SCALE).half()
+    return scales.clamp_min(smallest).half()
 
 
-def percentile_scales(weight: Tensor, bits: int, percentiles: Sequence[float]) -> Tensor:
+def percentile_scales(
+    weight: Tensor, bits: int, percentiles: Sequence[float], smallest: float
+) -> Tensor:
     """Per row, of the steps that end the range at a percentile of |w|, the one with least error."""
     sizes, top = weight.detach().float().abs(), 2 ** (bits - 1) - 1
     at = torch.tensor(percentiles, device=weight.device)
-    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(SMALLEST_SCALE)  # (P, rows)
+    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(smallest)  # (P, rows)
     if len(percentiles) == 1:
         return steps[0]
     rounded = [(sizes / s[:, None]).round().clamp_max(top) * s[:, None] for s in steps]
@@ -2225,6 +2244,7 @@ def gptq_quantize(
     bits: int,
     clip_sigmas: float,
     percentiles: Sequence[float] = (),
+    smallest: float = SMALLEST_SCALE,
     descending: bool = True,
 ) -> Quantized:
     """Round a matrix to integers so that its *outputs*, not its entries, change least.
@@ -2233,7 +2253,7 @@ def gptq_quantize(
         weight: (rows, cols) float. Not modified.
         hessian: (cols, cols) float, mean of x x^T over calibration inputs x. Not modified.
         bits: width of a code; codes lie in +-(2**(bits-1) - 1).
-        clip_sigmas, percentiles: see `row_scales`.
+        clip_sigmas, percentiles, smallest: see `row_scales`.
         descending: take the columns by falling diagonal of the Hessian, else by rising.
 
     Returns: codes and scales on the weight's device.
@@ -2246,7 +2266,7 @@ def gptq_quantize(
             f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}, bits {bits}"
         )
     w, h, top = weight.float().clone(), hessian.float().clone(), 2 ** (bits - 1) - 1
-    scales = row_scales(w, bits, clip_sigmas, percentiles)
+    scales = row_scales(w, bits, clip_sigmas, percentiles, smallest)
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0
     w[:, dead] = 0.0
@@ -2303,10 +2323,11 @@ def quantize_model(
                 bits=rule.bits,
                 clip_sigmas=sigmas,
                 percentiles=rule.percentiles,
+                smallest=rule.smallest,
                 descending=cfg.gptq_order == "descending",
             )
         elif rule.quantizer == "nearest":
-            scales = row_scales(weight, rule.bits, sigmas, rule.percentiles)
+            scales = row_scales(weight, rule.bits, sigmas, rule.percentiles, rule.smallest)
             stored[name] = round_to_nearest(weight, scales, rule.bits)
         else:
             stored[name] = weight.to(getattr(torch, rule.quantizer))
@@ -2537,6 +2558,7 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
 
 
 FIT_ATTEMPTS = 8
+PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
 
 
 def code_bytes() -> int:
@@ -2555,10 +2577,12 @@ def fit_artifact(
     """Quantize and pack, and spend less on the codes until code and artifact fit MAX_TOTAL_BYTES.
 
     FIT_RULE coarser: a range wider by 2^e lowers the entropy of a code by about e bits, so the
-    excess tells how much. FIT_RULE prune: eight codes of +-1 become 0 for each byte too many.
+    excess tells how much. FIT_RULE prune: codes of +-1 become 0, as many as the bytes that the last
+    ones saved call for (system #1487 takes eight for each byte too many, which overshoots).
     Raises: ArtifactError if it cannot be made to fit.
     """
-    coarser, limit, tensors = 1.0, cfg.max_total_bytes - code_bytes(), {}
+    limit, tensors, coarser = cfg.max_total_bytes - code_bytes(), {}, 1.0
+    pruned, last, saving = 0, 0, PRUNED_CODE_BYTES
     for _ in range(FIT_ATTEMPTS):
         if not tensors or cfg.fit_rule == "coarser":
             with rt.budget.phase("quantization"):
@@ -2570,7 +2594,8 @@ def fit_artifact(
             log_storage(tensors, log)
             return blob
         if cfg.fit_rule == "prune":
-            pruned = prune_ones(tensors, cfg.matrix_bits, 8 * excess)
+            saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
+            pruned, last = prune_ones(tensors, cfg.matrix_bits, int(excess / saving) + 8), len(blob)
             log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
         else:
             log.line(f"artifact: {excess} bytes too many with ranges x {coarser:.4f}; coarser")

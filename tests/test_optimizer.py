@@ -290,9 +290,9 @@ def test_a_rule_claims_whole_names_only(tiny_cfg):
 def test_bits_and_clipping_of_a_rule_follow_the_settings():
     cfg = Config(matrix_bits=5, matrix_clip_sigmas=9.0, embed_bits=7, embed_clip_sigmas=14.0)
     rules = t.tensor_rules(cfg)
-    assert t.rule_of("blocks.7.mlp.up.weight", rules)[2:] == ("gptq", 5, 9.0, ())
-    assert t.rule_of("head.weight", rules)[2:] == ("gptq", 7, 14.0, ())
-    assert t.rule_of("skip_gates", rules)[2:] == ("float16", 0, 0.0, ())
+    assert t.rule_of("blocks.7.mlp.up.weight", rules)[2:] == ("gptq", 5, 9.0, (), t.SMALLEST_SCALE)
+    assert t.rule_of("head.weight", rules)[2:] == ("gptq", 7, 14.0, (), t.SMALLEST_SCALE)
+    assert t.rule_of("skip_gates", rules)[2:] == ("float16", 0, 0.0, (), 0.0)
 
 
 # --- schedules ---

@@ -1,0 +1,42 @@
+# System #578: what differs from the defaults. Needs the SP1024 set in ./data.
+# Model
+export VOCAB_SIZE=1024
+export MLP_MULT=3.0
+export LEAKY_RELU_SLOPE=0
+export XSA_LAST_N=4
+export SKIP_GATES_ENABLED=0
+export PARALLEL_RESIDUAL_START=11
+export NUM_LOOPS=0
+export QK_GAIN_INIT=1.5
+export ROPE_TRAIN_SEQ_LEN=1024
+export BIGRAM_VOCAB_SIZE=2048
+export SMEAR_GATE_ENABLED=1
+export VE_DIM=128
+# Training
+export LOADER=sequential
+export MATRIX_LR=0.025
+export MUON_WD=0.04
+export MUON_ROW_NORMALIZE=0
+export TIED_EMBED_LR=0.035
+export EMBED_WD=0.04
+export SCALAR_LR=0.025
+export ADAM_WD=0.04
+export WARMDOWN_ITERS=3500
+export EMA_DECAY=0.997
+export LATE_QAT_THRESHOLD=0.5
+# Quantization and artifact
+export GPTQ_CALIBRATION_BATCHES=6
+export GPTQ_RESERVE_SECONDS=4
+export GPTQ_ORDER=ascending
+export CLIP_RULE=percentile
+export EMBED_QUANTIZER=nearest
+export CONTROL_DTYPE=float32
+export FIT_RULE=prune
+export COMPRESSOR=zstd
+# Evaluation
+export TTT_LR=0.002
+export TTT_FREEZE_BLOCKS=2
+export TTT_FREEZE_EMBEDDINGS=1
+export TTT_TRAIN_CHUNKS=200
+export TTT_EMA_DECAY=0.995
+# torchrun --standalone --nproc_per_node=8 train_gpt.py
