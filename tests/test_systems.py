@@ -401,6 +401,19 @@ def test_the_mark_stays_with_the_artifact_when_it_is_scored_again(runs, tmp_path
     assert MARK in text.splitlines()[-1]
 
 
+def test_the_mark_stays_with_a_checkpoint_that_is_quantized_again(runs, tmp_path):
+    env = {**runs("1487")[0], "LOG_DIR": str(tmp_path), "ITERATIONS": "3"}
+    saved = start({**env, "RUN_ID": "saved", "SAVE_CHECKPOINT": "1"})
+    assert saved.returncode == 0, saved.stderr
+    again = {**env, "RUN_ID": "again", "CHECKPOINT": str(tmp_path / "saved.ckpt")}
+    done = start({**again, "PREQUANT_TTT_EPOCHS": "0"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "again.json").read_text())
+    header, _ = t.unpack((tmp_path / "again.bin").read_bytes())
+    assert record["invalid_for_records"] == header["invalid_for_records"] != []
+    assert done.stdout.splitlines()[-1].endswith("invalid_for_records=1")
+
+
 @pytest.mark.parametrize("system", ["578", "1487 legal", "1493"])
 def test_a_legal_run_has_no_mark_anywhere(system, runs):
     _, text, record, blob = runs(system)
