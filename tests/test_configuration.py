@@ -480,7 +480,7 @@ def other_values(text, setting):
     """Values other than the default that a text gives to a setting, as variable or as keyword."""
     name, found = setting.name, set()
     for value in re.findall(
-        rf"\b(?:{name}|{name.upper()})[\"']?\s*[=:,]\s*f?[\"']?([\w.+/-]+)", text
+        rf"\b(?:{name}|{name.upper()})[\"']?\s*[=:,]\s*(?:f(?=[\"']))?[\"']?([\w.+/-]+)", text
     ):
         try:
             found.add(t.parse_value(setting, value.removeprefix("str(")))

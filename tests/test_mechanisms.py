@@ -310,13 +310,14 @@ def test_late_qat_begins_below_its_threshold_and_recurrence_at_its_step(
 
 def test_fine_tuning_on_the_validation_text_equals_a_naive_loop(tiny_cfg, rt, silent_log):
     changes = dict(prequant_ttt_epochs=3, prequant_ttt_lr=0.01, prequant_ttt_batch_tokens=64)
+    changes |= dict(prequant_ttt_freeze_blocks=2)
     cfg, val = dataclasses.replace(tiny_cfg, **changes), text_of(tiny_cfg, 170)
     model, plan = small_model(cfg), t.depth_plan(cfg, looped=True)
     twin = copy.deepcopy(model)
     t.fine_tune_on_validation(functools.partial(model, plan=plan), model, val, cfg, rt, silent_log)
     tokens = torch.from_numpy(val.tokens.astype(np.int64))
     rows = [(tokens[s : s + 32], tokens[s + 1 : s + 33]) for s in range(0, 160, 32)]
-    moving = [p for n, p in twin.named_parameters() if not n.startswith("blocks.0.")]
+    moving = [p for n, p in twin.named_parameters() if not n.startswith(("blocks.0.", "blocks.1."))]
     adam = torch.optim.AdamW(moving, weight_decay=0.0)
     for epoch in range(3):
         rate = 0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * epoch / 3))
