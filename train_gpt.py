@@ -21,7 +21,7 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -77,6 +77,14 @@ class DivergenceError(UserError):
     """The loss stopped being a number."""
 
     on_all_ranks = True
+
+
+class LedgerError(RuntimeError):
+    """Scoring broke a rule of the game: our mistake, or somebody's trick. condition: C3 or C4."""
+
+    def __init__(self, condition: str, message: str):
+        super().__init__(message)
+        self.condition = condition
 
 
 def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -> Any:
@@ -228,9 +236,13 @@ class Config:
     control_dtype: str = knob(
         "float16", "stored vectors and scalars", choices=("float16", "float32")
     )
-    fit_rule: str = knob("coarser", "what makes an artifact fit", choices=("coarser", "prune"))
+    fit_rule: str = knob(
+        "tightest", "what makes an artifact fit", choices=("tightest", "wider", "prune")
+    )
     compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
-    max_total_bytes: int = knob(16_000_000, "limit of code and artifact together [bytes]", low=1)
+    artifact_limit_bytes: int = knob(
+        16_000_000, "limit of code and artifact together [bytes]", low=1
+    )
     # Evaluation
     eval_seq_len: int = knob(2048, "length of a scoring window [tokens]", low=2)
     eval_stride: int = knob(64, "targets scored per window [tokens]; at most EVAL_SEQ_LEN", low=1)
@@ -249,6 +261,9 @@ class Config:
     eval_wallclock_seconds: float = knob(
         600.0, "limit from reading the artifact to the last score, 0: none [s]", low=0.0
     )
+    # Audit
+    audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
+    audit_tokens: int = knob(1024, "targets that it scores again and again [tokens]", low=64)
     # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -332,8 +347,14 @@ class Config:
         expect("int8_sensitive", alike, "nothing: LATE_QAT_THRESHOLD rounds all to MATRIX_BITS")
         expect("bigram_vocab_size", self.bigram_vocab_size != 1, "0, or at least 2")
         code = code_bytes()
-        expect("max_total_bytes", self.max_total_bytes > code, f"more than the code's own {code}")
+        expect(
+            "artifact_limit_bytes",
+            self.artifact_limit_bytes > code,
+            f"more than the code's own {code}",
+        )
         expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
+        expect("audit", not self.audit or bool(self.artifact), "ARTIFACT, the file to audit")
+        expect("audit", not self.audit or world_size == 1, "one process, without torchrun")
         name = re.fullmatch(r"[\w.+=-]*", self.run_id)
         expect("run_id", bool(name), "letters, digits and ._+=- for a file name")
         return problems
@@ -536,14 +557,16 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone f
 class Budget:
     """A ledger of phases on a monotonic clock. An inner phase stops the clock of the outer one.
 
-    `finish` is called where a phase begins or ends: it waits for the device.
+    Time outside all phases is booked as "other", so that every second is booked once. `finish` is
+    called where a phase begins or ends: it waits for the device. started: local date and time.
     """
 
     TRAINING = ("train", "calibration")  # everything that reads training data inside the clock
     EVALUATION = ("decompression", "quantized", "quantized_sliding_window", "quantized_ttt")
 
     def __init__(self, finish: Callable[[], None] = lambda: None):
-        self.finish, self.seconds, self.open, self.since = finish, {}, [], 0.0
+        self.finish, self.seconds, self.open = finish, {}, ["other"]
+        self.since, self.started = time.perf_counter(), datetime.datetime.now().astimezone()
 
     @contextlib.contextmanager
     def phase(self, name: str):
@@ -551,7 +574,6 @@ class Budget:
         self.finish()
         self.tick()
         self.open.append(name)
-        self.seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
@@ -561,9 +583,8 @@ class Budget:
 
     def tick(self) -> None:
         """Book the time since the last tick to the innermost open phase."""
-        now = time.perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
+        now, name = time.perf_counter(), self.open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
         self.since = now
 
     def total(self, phases: Iterable[str]) -> float:
@@ -572,8 +593,16 @@ class Budget:
         return sum(self.seconds.get(name, 0.0) for name in phases)
 
     def report(self, cfg: Config) -> dict[str, Any]:
-        """Seconds of each phase, and the two sums that the rules limit beside their limits."""
-        sums = {}
+        """Seconds of each phase, and the two sums that the rules limit beside their limits.
+
+        wall_seconds are those of the calendar's clock; what they exceed the phases by would be time
+        that a stopped timer lost.
+        """
+        wall = (datetime.datetime.now().astimezone() - self.started).total_seconds()
+        self.tick()
+        sums: dict[str, Any] = dict(
+            wall_seconds=wall, unbooked_seconds=wall - sum(self.seconds.values())
+        )
         for name, phases, limit in (
             ("training", self.TRAINING, cfg.max_wallclock_seconds),
             ("evaluation", self.EVALUATION, cfg.eval_wallclock_seconds),
@@ -743,12 +772,15 @@ def atomic_write(path: Path, data: bytes) -> None:
 class Log:
     """Console, text file and JSON of one run; on every rank but the first it says nothing.
 
+    replace: overwrite the text file, which must not exist otherwise.
     Attributes: record, the content of the JSON; path(suffix) names the run's files.
     """
 
     PLAIN_SECONDS, BAR_SECONDS = 15.0, 0.2  # between two progress lines in a file, on a terminal
 
-    def __init__(self, folder: str, run_id: str, *, enabled: bool = True, stream=None):
+    def __init__(
+        self, folder: str, run_id: str, *, enabled: bool = True, stream=None, replace: bool = False
+    ):
         self.folder, self.run_id, self.enabled = Path(folder), run_id, enabled
         self.stream, self.record, self.file = stream or sys.stdout, {}, None
         self.bar = self.stream.isatty()
@@ -756,7 +788,9 @@ class Log:
         if enabled:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path("txt"), "x", encoding="utf-8")  # noqa: SIM115
+                mode = "w" if replace else "x"
+                self.file = open(self.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
+                lock(self.file)
             except OSError as error:
                 if self.path("txt").exists():
                     raise ConfigError(
@@ -2557,13 +2591,53 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
     return out
 
 
-FIT_ATTEMPTS = 8
+FIT_ATTEMPTS, FIT_SLACK = 8, 0.001  # a search ends within this part of the limit
+TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer steps gain
 PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
 
 
 def code_bytes() -> int:
-    """The literal size of the file that runs: it counts against MAX_TOTAL_BYTES."""
+    """The literal size of the file that runs: it counts against ARTIFACT_LIMIT_BYTES."""
     return Path(__file__).stat().st_size
+
+
+def expected_bytes(cfg: Config) -> tuple[int, int]:
+    """What an artifact needs at least, and what it takes if weights are Gaussian, uncompressed.
+
+    A Gaussian row rounded to steps of s standard deviations has codes of log2(sqrt(2 pi e) / s)
+    bits. At least: row scales and floats, while codes can be made as coarse as need be.
+    """
+    with torch.device("meta"):
+        sizes = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
+    least, codes = 0, 0.0
+    for name, shape in sizes.items():
+        rule = rule_of(name, tensor_rules(cfg))
+        if rule.bits:
+            least += FLOAT_BYTES["float16"] * shape[0]
+            step = rule.clip_sigmas / (2 ** (rule.bits - 1) - 1)
+            bits = (
+                rule.bits if rule.percentiles else math.log2(math.sqrt(2 * math.pi * math.e) / step)
+            )
+            codes += math.prod(shape) * min(max(bits, 0.0), rule.bits) / 8
+        else:
+            least += FLOAT_BYTES[rule.quantizer] * math.prod(shape)
+    return least, least + int(codes)
+
+
+def announce_size(cfg: Config, log: Log) -> None:
+    """Before training: what the code leaves for the artifact, and what that is likely to need.
+
+    Raises: ConfigError if no rounding could fit the model beside the code.
+    """
+    left, (least, expected) = cfg.artifact_limit_bytes - code_bytes(), expected_bytes(cfg)
+    if least > left:
+        raise ConfigError(
+            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the code's {code_bytes()} bytes "
+            f"leave {left}, and scales and vectors of this model alone need {least}; make the "
+            "model smaller"
+        )
+    note = "; codes will be coarser than set" if expected > left else ""
+    log.line(f"artifact: {left} bytes left beside the code, about {expected} expected{note}")
 
 
 def fit_artifact(
@@ -2574,47 +2648,119 @@ def fit_artifact(
     rt: Runtime,
     log: Log,
 ) -> bytes:
-    """Quantize and pack, and spend less on the codes until code and artifact fit MAX_TOTAL_BYTES.
+    """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
 
-    FIT_RULE coarser: a range wider by 2^e lowers the entropy of a code by about e bits, so the
-    excess tells how much. FIT_RULE prune: codes of +-1 become 0, as many as the bytes that the last
-    ones saved call for (system #1487 takes eight for each byte too many, which overshoots).
+    FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
+    TIGHTEST_SIGMAS; no more than FIT_SLACK of the limit stays unused. wider: the same, but no range
+    gets tighter than it is set. prune: ranges as they are set; codes of +-1 become 0 if need be.
     Raises: ArtifactError if it cannot be made to fit.
     """
-    limit, tensors, coarser = cfg.max_total_bytes - code_bytes(), {}, 1.0
+
+    def quantized(factor: float) -> dict[str, Quantized | Tensor]:
+        with rt.budget.phase("quantization"):
+            return quantize_model(weights, hessians, cfg, log, factor)
+
+    def packed(tensors: Mapping[str, Quantized | Tensor]) -> bytes:
+        with rt.budget.phase("compression"):
+            return pack(tensors, header, cfg.compressor)
+
+    fit = fit_by_pruning if cfg.fit_rule == "prune" else fit_by_ranges
+    blob, tensors = fit(quantized, packed, cfg, log)
+    limit = cfg.artifact_limit_bytes - code_bytes()
+    if len(blob) > limit:
+        raise ArtifactError(
+            f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
+            f"{limit:,}; lower MATRIX_BITS or the size of the model"
+        )
+    log_storage(tensors, log)
+    return blob
+
+
+def fit_by_ranges(
+    quantized: Callable, packed: Callable, cfg: Config, log: Log
+) -> tuple[bytes, dict[str, Quantized | Tensor]]:
+    """The artifact with the tightest ranges that fit, and its tensors; else the last one tried.
+
+    Ranges wider by 2^e lower the entropy of a code by about e bits: that, and once one artifact was
+    too large and one not, the line through both, tells which e to try next.
+    """
+    limit, exponent = cfg.artifact_limit_bytes - code_bytes(), 0.0
+    tightest = TIGHTEST_SIGMAS / min(cfg.matrix_clip_sigmas, cfg.embed_clip_sigmas)
+    floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
+    slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
+    for _ in range(FIT_ATTEMPTS):
+        tensors = quantized(2**exponent)
+        blob = packed(tensors)
+        excess = len(blob) - limit
+        log.line(f"artifact: {len(blob)} bytes with ranges x {2**exponent:.4f}, limit {limit}")
+        if excess <= 0:
+            best, fits = (blob, tensors), (exponent, excess)
+            if exponent <= floor or -excess <= slack:
+                break
+        else:
+            over = exponent, excess
+        codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
+        aim = excess + slack / 2  # the middle of what is allowed
+        if fits and over:
+            (right, below), (left, above) = fits, over
+            exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
+        else:
+            exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
+    return best or (blob, tensors)
+
+
+def fit_by_pruning(
+    quantized: Callable, packed: Callable, cfg: Config, log: Log
+) -> tuple[bytes, dict[str, Quantized | Tensor]]:
+    """The artifact with codes of +-1 made 0 until it fits, and its tensors; else the last one.
+
+    As many codes as the bytes that the last ones saved call for (system #1487 takes eight for each
+    byte too many, which overshoots).
+    """
+    limit, tensors = cfg.artifact_limit_bytes - code_bytes(), quantized(1.0)
     pruned, last, saving = 0, 0, PRUNED_CODE_BYTES
     for _ in range(FIT_ATTEMPTS):
-        if not tensors or cfg.fit_rule == "coarser":
-            with rt.budget.phase("quantization"):
-                tensors = quantize_model(weights, hessians, cfg, log, coarser)
-        with rt.budget.phase("compression"):
-            blob = pack(tensors, header, cfg.compressor)
+        blob = packed(tensors)
         excess = len(blob) - limit
         if excess <= 0:
-            log_storage(tensors, log)
-            return blob
-        if cfg.fit_rule == "prune":
-            saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
-            pruned, last = prune_ones(tensors, cfg.matrix_bits, int(excess / saving) + 8), len(blob)
-            log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
-        else:
-            log.line(f"artifact: {excess} bytes too many with ranges x {coarser:.4f}; coarser")
-            codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
-            coarser *= 2 ** min(0.002 + 1.05 * 8 * excess / codes, 1.0)
-    raise ArtifactError(
-        f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
-        f"{limit:,}; lower MATRIX_BITS or the size of the model"
-    )
+            break
+        saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
+        pruned, last = prune_ones(tensors, cfg.matrix_bits, int(excess / saving) + 8), len(blob)
+        log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
+    return blob, tensors
 
 
 def log_storage(tensors: Mapping[str, Quantized | Tensor], log: Log) -> None:
-    """Say which tensors are stored how, one line per kind."""
-    kinds = collections.defaultdict(list)
+    """Say which tensors are stored how, and put what they take before compression in the JSON."""
+    groups: dict[tuple[str, str], list] = collections.defaultdict(list)
     for name, stored in tensors.items():
-        kinds[tensor_kind(stored)].append(re.sub(r"blocks\.\d+\.", "blocks.*.", name))
+        groups[tensor_kind(stored), re.sub(r"blocks\.\d+\.", "blocks.*.", name)].append(stored)
     log.line("Quantized weights:")
-    for kind, names in sorted(kinds.items()):
-        log.line(f"  {kind}: {len(names)} tensors: {', '.join(dict.fromkeys(names))}")
+    for kind, same in itertools.groupby(sorted(groups), key=lambda group: group[0]):
+        names = [name for _, name in same]
+        count = sum(len(groups[kind, name]) for name in names)
+        log.line(f"  {kind}: {count} tensors: {', '.join(names)}")
+    facts = [
+        dict(
+            group=name,
+            kind=kind,
+            tensors=len(stored),
+            parameters=sum((t.codes if isinstance(t, Quantized) else t).numel() for t in stored),
+            entropy_bytes=round(sum(map(entropy_bytes, stored))),
+        )
+        for (kind, name), stored in groups.items()
+    ]
+    log.put(storage=facts)
+
+
+def entropy_bytes(stored: Quantized | Tensor) -> float:
+    """What a tensor takes if a coder knew how often each code occurs; floats and scales as is."""
+    if not isinstance(stored, Quantized):
+        return stored.numel() * stored.element_size()
+    counts = np.bincount(stored.codes.cpu().numpy().ravel().astype(np.int16) + 128)
+    shares = counts[counts > 0] / counts.sum()
+    bits = -(shares * np.log2(shares)).sum() * stored.codes.numel()
+    return bits / 8 + FLOAT_BYTES["float16"] * len(stored.scales)
 
 
 def load_model(
@@ -2672,16 +2818,20 @@ class Window(NamedTuple):
     stop: int
 
 
-def sliding_windows(total: int, seq_len: int, stride: int) -> Iterator[Window]:
+def sliding_windows(
+    total: int, seq_len: int, stride: int, first: int = 0, stop: int | None = None
+) -> Iterator[Window]:
     """Windows whose scored parts partition `total` targets, in order.
 
     The first scores all it reads; each later one starts `stride` further and scores its last
-    `stride` targets. stride = seq_len is the plain evaluation.
+    `stride` targets. stride = seq_len is the plain evaluation. first, stop: only windows that begin
+    to score at target `first` (0, or at least seq_len) or later, and before `stop`.
     """
-    yield Window(0, 0, min(seq_len, total))
-    for start in range(stride, total - seq_len + stride, stride):
-        first = start + seq_len - stride
-        yield Window(start, first, min(first + stride, total))
+    if first == 0:
+        yield Window(0, 0, min(seq_len, total))
+        first = seq_len
+    for place in range(first, min(total, stop or total), stride):
+        yield Window(place + stride - seq_len, place, min(place + stride, total))
 
 
 @dataclass(frozen=True)
@@ -2704,38 +2854,69 @@ class Score:
 
 
 class Ledger:
-    """What was scored when: every target once, in order, and no text used before its score.
+    """What was scored when, and which text each optimizer step read.
 
-    Attributes: nats, (total,) float32 losses by target; scored, how many are final; used, the
-    ranges of targets that an adaptation read.
+    Adaptation gets its text from here alone, and `text` hands out what is scored.
+
+    Attributes: nats, (total,) float32 losses by target; times, (total,) how often each was scored;
+    scored, how many are; updates, (first, stop, scored so far) of the text of each optimizer step;
+    plain_from, the target from which on windows stand side by side to save time, or None; seconds,
+    what all this bookkeeping took.
     """
 
-    def __init__(self, total: int):
-        self.nats, self.scored, self.used = torch.zeros(total), 0, []
+    def __init__(self, tokens: np.ndarray):
+        total = len(tokens) - 1
+        self.tokens, self.nats, self.times = tokens, torch.zeros(total), np.zeros(total, np.uint8)
+        self.scored, self.updates, self.order = 0, [], hashlib.sha256()
+        self.plain_from, self.seconds = None, 0.0
 
     def record(self, first: int, nats: Tensor) -> None:
-        """Enter the losses of targets first, first + 1, ..."""
-        if first != self.scored:
-            raise RuntimeError(f"target {first} scored, expected target {self.scored}")
-        self.nats[first : first + len(nats)] = nats.cpu()
-        self.scored += len(nats)
+        """Enter the losses of targets first, first + 1, ...
 
-    def use(self, first: int, stop: int) -> None:
-        """Note that an adaptation reads targets first .. stop - 1."""
-        if stop > self.scored:
-            raise RuntimeError(f"target {stop - 1} used, but only {self.scored} are scored")
-        self.used.append((first, stop))
+        Raises: LedgerError unless `first` is the next target in order.
+        """
+        host = nats.cpu()
+        begin, stop = time.perf_counter(), first + len(host)
+        if first != self.scored or stop > len(self.nats):
+            raise LedgerError("C4", f"target {first} scored, expected target {self.scored}")
+        self.nats[first:stop] = host
+        self.times[first:stop] += 1
+        self.order.update(np.arange(first, stop, dtype="<u4").tobytes())
+        self.scored = stop
+        self.seconds += time.perf_counter() - begin
+
+    def text(self, first: int, stop: int) -> np.ndarray:
+        """(stop - first + 1,) tokens that an optimizer step may read: targets first .. stop - 1.
+
+        Raises: LedgerError if one of them is not scored yet.
+        """
+        if not 0 <= first < stop <= self.scored:
+            raise LedgerError("C3", f"target {stop - 1} used, but only {self.scored} are scored")
+        self.updates.append((first, stop, self.scored))
+        return self.tokens[first : stop + 1]
 
     def score(self, target_bytes: np.ndarray) -> Score:
         """The sums over all targets, in one fixed order for any number of ranks."""
-        if self.scored != len(self.nats):
-            raise RuntimeError(f"{self.scored} of {len(self.nats)} targets are scored")
+        if self.scored != len(self.nats) or (self.times != 1).any():
+            raise LedgerError("C4", f"{self.scored} of {len(self.nats)} targets are scored once")
         nats = float(self.nats.double().sum())
         return Score(nats, self.scored, int(target_bytes.sum(dtype=np.int64)))
 
-    def digest(self) -> str:
-        """SHA-256 of all losses in order."""
-        return hashlib.sha256(self.nats.numpy().tobytes()).hexdigest()
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the order of scoring, of the whole ledger but the losses, and of the losses.
+
+        Without adaptation all three are the same for any number of ranks, with it the first two;
+        gradients that other ranks add up differ in their rounding.
+        """
+        begin, order = time.perf_counter(), self.order.hexdigest()
+        entries = json.dumps([len(self.nats), order, self.updates, self.plain_from]).encode()
+        found = dict(
+            order_sha256=order,
+            ledger_sha256=hashlib.sha256(entries + self.times.tobytes()).hexdigest(),
+            losses_sha256=hashlib.sha256(self.nats.numpy().tobytes()).hexdigest(),
+        )
+        self.seconds += time.perf_counter() - begin
+        return found
 
 
 @torch.no_grad()
@@ -2753,7 +2934,8 @@ def score_windows(
         text: (total + 1,) tokens.
         rows: sliding windows per forward (those that score all they read: as many as fit); the last
             forward is filled up, so that all shapes are equal.
-    Windows are shared out in contiguous parts; only the final sum is a collective.
+    Windows are cut into forwards the same way for any number of ranks, which share the forwards: so
+    the losses are the same to the bit. Only the final sum is a collective.
     """
     length, origin = cfg.eval_seq_len, windows[0].first_scored
     nats = torch.zeros(windows[-1].stop - origin, device=rt.device)
@@ -2761,8 +2943,8 @@ def score_windows(
         same = list(same)
         tail = same[0].start + length - same[0].first_scored
         size = cfg.micro_batch_tokens // length if whole else rows
-        mine = same[rt.share(len(same))]
-        for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
+        batches = [same[i : i + size] for i in range(0, len(same), size)]
+        for batch in batches[rt.share(len(batches))]:
             starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
             places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
             ids = rt.to_device(text[places])
@@ -2773,6 +2955,9 @@ def score_windows(
     return nats
 
 
+FORWARDS_PER_CHUNK = 8  # or a multiple: equal work for so many ranks
+
+
 def evaluate(
     forward: Callable,
     val: ValidationTokens,
@@ -2781,7 +2966,8 @@ def evaluate(
     *,
     stride: int,
     show: Callable[..., None],
-    after_chunk: Callable[[np.ndarray, int, int], None] | None = None,
+    after_chunk: Callable[[Callable[[], np.ndarray], int, int], None] | None = None,
+    deadline: float = math.inf,
 ) -> tuple[Score, Ledger]:
     """Score the validation text from left to right.
 
@@ -2789,44 +2975,75 @@ def evaluate(
         forward: the model, its depth plan bound.
         stride: targets per window; EVAL_SEQ_LEN for the plain evaluation.
         show: progress, called with the part done.
-        after_chunk: called with (tokens of a chunk, its number, number of chunks) once all targets
-            of the chunk are scored; it may change the model. Not called after the last chunk.
+        after_chunk: called with (draw, number of the chunk, number of chunks) once all targets of
+            the chunk are scored; it may change the model. draw() is the text (n + 1,) of the chunk
+            for one optimizer step. Not called after the last chunk.
+        deadline: seconds of the evaluation budget at which all must be scored: if need be the rest
+            is scored in windows side by side.
     """
     total, length = len(val.target_bytes), cfg.eval_seq_len
     most = cfg.micro_batch_tokens // length
-    chunk = cfg.ttt_chunk_tokens if after_chunk else 16 * most * rt.world_size * stride
-    chunks = -(-total // chunk)
-    per_rank = -(-chunk // stride // rt.world_size)
-    rows = -(-per_rank // -(-per_rank // most))  # equal forwards, none larger than `most`
-    ledger = Ledger(total)
-    windows = sliding_windows(total, length, stride)
-    for number, group in itertools.groupby(windows, key=lambda w: w.first_scored // chunk):
-        group = list(group)
-        nats = score_windows(forward, val.tokens, group, rows, cfg, rt)
-        ledger.record(group[0].first_scored, nats)
+    chunk = cfg.ttt_chunk_tokens if after_chunk else 2 * FORWARDS_PER_CHUNK * most * stride
+    chunks, per_chunk = -(-total // chunk), -(-chunk // stride)
+    forwards = FORWARDS_PER_CHUNK * -(-per_chunk // (FORWARDS_PER_CHUNK * most))
+    ledger, pace = Ledger(val.tokens), Pace(deadline, rt)
+    for number in range(chunks):
+        stop = (number + 1) * chunk
+        group = list(sliding_windows(total, length, stride, ledger.scored, stop))
+        pace.begin()
+        if group:  # none if the window before reached the end
+            nats = score_windows(forward, val.tokens, group, -(-per_chunk // forwards), cfg, rt)
+            ledger.record(group[0].first_scored, nats)
+        pace.scored(len(group))
         show(ledger.scored / total)
         if after_chunk and number < chunks - 1:
-            first, stop = number * chunk, (number + 1) * chunk
-            ledger.use(first, stop)
-            after_chunk(val.tokens[first : stop + 1], number, chunks)
+            draw = functools.partial(ledger.text, number * chunk, stop)
+            after_chunk(draw, number, chunks)
+        if stride < length and pace.late(-(-(total - ledger.scored) // length)):
+            stride, ledger.plain_from = length, ledger.scored
     return ledger.score(val.target_bytes), ledger
+
+
+class Pace:
+    """Tells when scoring has to hurry to meet a deadline, in seconds of the evaluation budget."""
+
+    def __init__(self, deadline: float, rt: Runtime):
+        self.deadline, self.rt, self.begun = deadline, rt, []
+        self.per_window = []  # seconds, one entry per chunk
+
+    def begin(self) -> None:
+        self.begun.append(time.perf_counter())
+
+    def scored(self, windows: int) -> None:
+        self.per_window.append((time.perf_counter() - self.begun[-1]) / max(windows, 1))
+
+    def late(self, windows_left: int) -> bool:
+        """Whether one more chunk like the last would take the time of so many windows after it."""
+        if len(self.begun) < 3 or math.isinf(self.deadline):
+            return False  # the first chunk includes compilation, it tells nothing
+        chunk = float(np.median(np.diff(self.begun)[1:]))
+        needed = chunk + float(np.median(self.per_window[1:])) * windows_left
+        (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
+        return ends > self.deadline
 
 
 def adapt(
     forward: Callable,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    text: np.ndarray,
+    draw: Callable[[], np.ndarray],
     cfg: Config,
     rt: Runtime,
 ) -> None:
-    """TTT_EPOCHS steps on scored text (n + 1,), each on all its whole sequences; changes the model.
+    """TTT_EPOCHS steps on scored text, each on all its whole sequences; changes the model.
 
-    The ranks share the sequences; a rank without any still takes part in the sum.
+    draw() gives the text (n + 1,) of one step. The ranks share the sequences; a rank without any
+    still takes part in the sum.
     """
     length = cfg.eval_seq_len
-    starts = np.arange((len(text) - 1) // length)[:, None] * length
     for _ in range(cfg.ttt_epochs):
+        text = draw()
+        starts = np.arange((len(text) - 1) // length)[:, None] * length
         text_gradients(forward, text[starts + np.arange(length + 1)], cfg, rt)
         apply_gradients(model, [optimizer], cfg.ttt_grad_clip, rt)
 
@@ -2852,7 +3069,7 @@ class TestTimeTraining:
         self.adapted, self.stopped, self.since = 0, False, time.perf_counter()
         self.scoring, self.adapting = [], []  # seconds of each chunk
 
-    def __call__(self, text: np.ndarray, number: int, chunks: int) -> None:
+    def __call__(self, draw: Callable[[], np.ndarray], number: int, chunks: int) -> None:
         self.scoring.append(time.perf_counter() - self.since)
         adapting = self.cfg.ttt_train_chunks or chunks
         self.stopped = self.stopped or self.out_of_time(chunks - number - 1)
@@ -2860,17 +3077,17 @@ class TestTimeTraining:
             swing = 0.5 * (1 + math.cos(math.pi * number / max(adapting - 1, 1)))
             self.optimizer.param_groups[0]["lr"] = self.cfg.ttt_lr * swing
             begin = time.perf_counter()
-            self.train(text)
+            self.train(draw)
             self.rt.synchronize()
             self.adapted += 1
             self.adapting.append(time.perf_counter() - begin)
         self.since = time.perf_counter()
 
-    def train(self, text: np.ndarray) -> None:
+    def train(self, draw: Callable[[], np.ndarray]) -> None:
         """Adapt the trained weights, and leave those that score in the model."""
         if self.copies:
             self.copies[1].store()
-        adapt(self.forward, self.model, self.optimizer, text, self.cfg, self.rt)
+        adapt(self.forward, self.model, self.optimizer, draw, self.cfg, self.rt)
         for copied in self.copies:
             copied.update()
         if self.copies:
@@ -2932,9 +3149,7 @@ def run(cfg: Config, rt: Runtime, log: Log) -> None:
     origin = cfg.artifact or cfg.checkpoint
     if origin:  # the model decides which data and tokenizer belong to it
         with rt.budget.phase("decompression" if cfg.artifact else "data"):
-            blob = read_file(origin, rt)
-        with rt.together():
-            cfg = cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
+            cfg = stored_config(origin, cfg, rt)
     with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
         select_attention(cfg.attention, rt.device, rt.compute_dtype)
@@ -2968,7 +3183,7 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
         log.line(f"  {name}: {settings[name]}")
     log.put(
         run_id=log.run_id,
-        started=datetime.datetime.now().astimezone().isoformat(),
+        started=rt.budget.started.isoformat(),
         runtime=facts,
         code=dict(bytes=len(source), sha256=digest),
         config={n: dict(value=v, source=cfg.sources[n]) for n, v in settings.items()},
@@ -3010,6 +3225,7 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
             seed=cfg.seed,
             order=cfg.loader,
         )
+    announce_size(cfg, log)
     log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
     if cfg.checkpoint:
         blob = read_file(cfg.checkpoint, rt)
@@ -3141,15 +3357,36 @@ def stage(
         f"eval_time:{seconds * 1e3:.0f}ms"
     )
     facts = dict(val_loss=result.loss, val_bpb=result.bpb, **dataclasses.asdict(result))
-    facts["losses_sha256"] = ledger.digest()
-    log.put(stages={**log.record.get("stages", {}), name: facts})
+    facts |= ledger.digests() | dict(updates=len(ledger.updates), plain_from=ledger.plain_from)
+    spent = {**log.record.get("ledger_seconds", {}), name: ledger.seconds}
+    if ledger.plain_from is not None:
+        log.line(
+            f"{name} gave up EVAL_STRIDE at target {ledger.plain_from}, windows stand side by side "
+            "from there: the rest would not have fitted EVAL_WALLCLOCK_SECONDS"
+        )
+    log.line(
+        f"{name} ledger: tokens:{result.tokens} bytes:{result.bytes} nats:{result.nats:.6f} "
+        f"updates:{len(ledger.updates)} order_sha256:{facts['order_sha256'][:16]} "
+        f"ledger_sha256:{facts['ledger_sha256'][:16]} losses_sha256:{facts['losses_sha256'][:16]}"
+    )
+    log.put(stages={**log.record.get("stages", {}), name: facts}, ledger_seconds=spent)
     return result
 
 
-def score_artifact(
-    path: Path, table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
-) -> Score:
-    """Read the artifact back from disk and score it; returns the last, strongest score."""
+def stored_config(origin: str, cfg: Config, rt: Runtime) -> Config:
+    """The configuration with the model of an artifact or checkpoint. Raises as `load_model`."""
+    blob = read_file(origin, rt)
+    with rt.together():
+        return cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
+
+
+def open_artifact(
+    path: Path, table: ByteTable, cfg: Config, rt: Runtime
+) -> tuple[GPT, Config, dict[str, Any]]:
+    """The model of an artifact on disk: (model, its configuration, header).
+
+    Raises: ArtifactError if it is none, or belongs to another tokenizer.
+    """
     with rt.budget.phase("decompression"):
         blob = read_file(path, rt)
     with rt.together(), rt.budget.phase("decompression"):
@@ -3159,37 +3396,49 @@ def score_artifact(
                 f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
                 f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
             )
+    return model, cfg, header
+
+
+def score_artifact(
+    path: Path, table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
+) -> Score:
+    """Read the artifact back from disk and score it; returns the last, strongest score."""
+    model, cfg, header = open_artifact(path, table, cfg, rt)
     if reasons := header.get("invalid_for_records"):
         log.line(f"invalid_for_records: {'; '.join(reasons)}")
         log.put(invalid_for_records=reasons)
     forward, plan = rt.compile(model), depth_plan(cfg, looped=header["looped"])
     name, _, why = select_attention(cfg.attention, rt.device, rt.compute_dtype)
     log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
-    bound = functools.partial(forward, plan=plan)
+    limit = cfg.eval_wallclock_seconds or math.inf
 
-    def scored(label: str, after_chunk: Callable | None = None) -> Score:
+    def scored(label: str, stride: int, deadline: float, after_chunk=None) -> Score:
+        bound = functools.partial(forward, plan=plan)
         return stage(
             label,
             label,
             rt,
             log,
             lambda show: evaluate(
-                bound, val, cfg, rt, stride=cfg.eval_stride, show=show, after_chunk=after_chunk
+                bound,
+                val,
+                cfg,
+                rt,
+                stride=stride,
+                show=show,
+                after_chunk=after_chunk,
+                deadline=deadline,
             ),
         )
 
-    score = stage(
-        "quantized",
-        "quantized",
-        rt,
-        log,
-        functools.partial(plain_score, forward, plan, val, cfg, rt),
-    )
+    score = scored("quantized", cfg.eval_seq_len, math.inf)
     if cfg.sliding_window_enabled:
-        score = scored("quantized_sliding_window")
+        # What comes after it must at least be able to score all in windows side by side.
+        later = rt.budget.total(["quantized"]) * cfg.ttt_enabled
+        score = scored("quantized_sliding_window", cfg.eval_stride, limit - later)
     if cfg.ttt_enabled:
-        ttt = TestTimeTraining(bound, model, cfg, rt, log)
-        score = scored("quantized_ttt", ttt)
+        ttt = TestTimeTraining(functools.partial(forward, plan=plan), model, cfg, rt, log)
+        score = scored("quantized_ttt", cfg.eval_stride, limit, ttt)
         log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
     return score
 
@@ -3216,8 +3465,83 @@ def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log
     )
     if "invalid_for_records" in log.record:
         result["invalid_for_records"] = 1
-    log.put(budget=report, result=result)
+    if rt.is_main:
+        log.put(artifact=dict(bytes=sizes["artifact_bytes"], sha256=file_sha256(path)))
+    ended = datetime.datetime.now().astimezone().isoformat()
+    log.put(budget=report, result=result, ended=ended)
     log.line("result " + " ".join(f"{key}={value}" for key, value in result.items()))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def earlier_run(cfg: Config, run_id: str) -> str:
+    """The result line of a finished run of this name, settings and code, else nothing.
+
+    What a run of this name left unfinished is renamed, so that a sweep can be started again.
+    Raises: ConfigError if the finished run had other settings or code, or if it still runs.
+    """
+    folder, text = Path(cfg.log_dir), Path(cfg.log_dir) / f"{run_id}.txt"
+    if not text.exists():
+        return ""
+    with open(text, "rb") as stream:
+        if not lock(stream):
+            raise ConfigError(f"RUN_ID={run_id}: {text} is being written; choose another RUN_ID")
+    try:
+        record = json.loads((folder / f"{run_id}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # cut off before it wrote anything
+        record = {}
+    if "result" in record:
+        then = {name: fact["value"] for name, fact in record["config"].items()}
+        now = {s.name: getattr(cfg, s.name) for s in knobs()}
+        same_code = record["code"]["sha256"] == file_sha256(Path(__file__))
+        if same_code and all(then.get(name) == value for name, value in now.items()):
+            return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
+        raise ConfigError(
+            f"RUN_ID={run_id}: {text} is a finished run of other "
+            f"{'settings' if same_code else 'code'}; choose another RUN_ID or remove that run"
+        )
+    aside = next(
+        n for n in itertools.count(1) if not list(folder.glob(f"{run_id}.unfinished{n}.*"))
+    )
+    for suffix in ("txt", "json", "bin", "ckpt"):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / f"{run_id}.{suffix}").rename(folder / f"{run_id}.unfinished{aside}.{suffix}")
+    return ""
+
+
+def lock(stream) -> bool:
+    """Take a file for this process until it ends or closes it; False if another process has it."""
+    try:
+        import fcntl  # not on every system
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def audit(cfg: Config, rt: Runtime) -> int:
+    """Prove or refute that the score of ARTIFACT is legal; returns the exit status.
+
+    The proof is a file of its own, audit.py, beside this one or in records/, and calls the
+    evaluator of this one.
+    """
+    here = Path(__file__).resolve().parent
+    places = [here / "audit.py", here / "records" / "audit.py", here.parent.parent / "audit.py"]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        raise ConfigError(f"AUDIT=1: no audit.py beside {__file__} or in records/; copy it there")
+    spec = importlib.util.spec_from_file_location("audit", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    name = f"{cfg.run_id or Path(cfg.artifact).stem}.audit"
+    with Log(cfg.log_dir, name, replace=True) as log:
+        return module.audit(sys.modules[__name__], cfg, rt, log)
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -3233,7 +3557,14 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         cfg = Config.from_env(env, cuda=torch.cuda.is_available())
         with Runtime(cfg, env) as rt:
             name = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
-            name = rt.from_main(name)
+            name, done = rt.from_main(name), ""
+            if cfg.audit:
+                return audit(cfg, rt)
+            with rt.together():
+                done = earlier_run(cfg, name) if rt.is_main else ""
+            if done := rt.from_main(done):
+                print(f"{name}: finished before: {done}" * rt.is_main, flush=True)
+                return 0
             with rt.together():
                 log = Log(cfg.log_dir, name, enabled=rt.is_main)
             with log:

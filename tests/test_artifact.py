@@ -195,9 +195,10 @@ def tiny_weights(cfg):
     model = t.GPT(cfg)
     model.init_weights(0)
     weights = {name: p.detach() for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
     for name, weight in weights.items():
         if name.endswith(("out.weight", "down.weight")):
-            weight.normal_(std=0.02)
+            weight.normal_(std=0.02, generator=draw)
     hessians = {
         n: torch.eye(m.in_features) for n, m in model.named_modules() if isinstance(m, t.Linear)
     }
@@ -205,18 +206,68 @@ def tiny_weights(cfg):
 
 
 def fit(cfg, rt, log, limit):
-    cfg = dataclasses.replace(cfg, max_total_bytes=limit + t.code_bytes())
+    cfg = dataclasses.replace(cfg, artifact_limit_bytes=limit + t.code_bytes())
     weights, hessians = tiny_weights(cfg)
     header = {"model": cfg.model_settings(), "looped": True, "tokenizer_sha256": "0" * 64}
     return t.fit_artifact(weights, hessians, header, cfg, rt, log)
 
 
 def test_an_artifact_over_the_limit_is_made_to_fit(tiny_cfg, rt, silent_log):
-    free = len(fit(tiny_cfg, rt, silent_log, 10**9))
+    asis = dataclasses.replace(tiny_cfg, fit_rule="wider")
+    free = len(fit(asis, rt, silent_log, 10**9))
     for limit in (free, free - 1, int(0.9 * free), int(0.7 * free)):
-        blob = fit(tiny_cfg, rt, silent_log, limit)
-        assert 0.85 * limit < len(blob) <= limit, "fits, and wastes little"
+        blob = fit(asis, rt, silent_log, limit)
+        slack = t.FIT_SLACK * (limit + t.code_bytes())
+        assert limit - slack <= len(blob) <= limit, "fits, and wastes little"
         t.unpack(blob)
+
+
+def test_ranges_are_tightened_until_the_limit_is_used_or_they_would_clip(tiny_cfg, rt, silent_log):
+    asis = dataclasses.replace(tiny_cfg, fit_rule="wider")
+    free = len(fit(asis, rt, silent_log, 10**9))
+    for part in (1.05, 1.2):
+        limit = int(part * free)
+        slack = t.FIT_SLACK * (limit + t.code_bytes())
+        assert limit - slack <= len(fit(tiny_cfg, rt, silent_log, limit)) <= limit
+    tightest = t.unpack(fit(tiny_cfg, rt, silent_log, 10**9))[1]["blocks.0.mlp.up.weight"]
+    weight = tiny_weights(tiny_cfg)[0]["blocks.0.mlp.up.weight"]
+    steps = t.TIGHTEST_SIGMAS * weight.std(dim=1, keepdim=True) / 31
+    codes = tightest / steps
+    torch.testing.assert_close(codes, codes.round(), atol=0.03, rtol=0)
+    assert 20 < codes.abs().max() < 31.1
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_the_expected_size_is_that_of_gaussian_weights(bits):
+    cfg = t.Config(num_layers=2, num_loops=0, model_dim=256, num_heads=4, num_kv_heads=2)
+    cfg = dataclasses.replace(cfg, vocab_size=512, xsa_last_n=0, matrix_bits=bits)
+    cfg = dataclasses.replace(cfg, parallel_residual_start=1, matrix_clip_sigmas=3.0)
+    draw, stored = torch.Generator().manual_seed(0), {}
+    for name, parameter in t.GPT(cfg).named_parameters():
+        rule = t.rule_of(name, t.tensor_rules(cfg))
+        values = torch.randn(parameter.shape, generator=draw)
+        if rule.bits:
+            scales = t.row_scales(values, rule.bits, rule.clip_sigmas, (), rule.smallest)
+            stored[name] = t.round_to_nearest(values, scales, rule.bits)
+        else:
+            stored[name] = values.to(getattr(torch, rule.quantizer))
+    least, expected = t.expected_bytes(cfg)
+    found = sum(map(t.entropy_bytes, stored.values()))
+    assert expected == pytest.approx(found, rel=0.03)
+    assert least == sum(
+        2 * len(v.scales) if isinstance(v, t.Quantized) else 2 * v.numel() for v in stored.values()
+    )
+
+
+def test_code_that_leaves_too_little_is_refused_before_training(tiny_cfg, silent_log):
+    least, expected = t.expected_bytes(tiny_cfg)
+    limit = t.code_bytes() + least - 1
+    cfg = dataclasses.replace(tiny_cfg, artifact_limit_bytes=limit)
+    with pytest.raises(
+        t.ConfigError, match=f"bytes leave {least - 1}, .* alone need {least}; make"
+    ):
+        t.announce_size(cfg, silent_log)
+    t.announce_size(dataclasses.replace(cfg, artifact_limit_bytes=limit + 1), silent_log)
 
 
 def test_an_artifact_that_cannot_fit_is_an_artifact_error(tiny_cfg, rt, silent_log):

@@ -68,7 +68,7 @@ SYSTEM_1493 = dict(
     embed_bits=8,
     embed_clip_sigmas=20.0,
     compressor="brotli",
-    max_total_bytes=16_000_000,
+    artifact_limit_bytes=16_000_000,
     eval_seq_len=2048,
     eval_stride=64,
     ttt_enabled=True,
@@ -471,6 +471,7 @@ def test_a_bad_configuration_ends_before_anything_is_loaded_and_only_rank_0_spea
 
 def test_every_setting_is_read_by_the_program():
     program = SOURCE[SOURCE.index("def from_env") :]
+    program += (ROOT / "records" / "audit.py").read_text(encoding="utf-8")
     unread = {s.name for s in t.knobs() if not re.search(rf"\b(cfg|self)\.{s.name}\b", program)}
     assert unread <= {"smoke"}  # from_env reads it out of the values that were given
     assert 'given.get("smoke"' in program

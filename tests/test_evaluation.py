@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
+import struct
 
 import numpy as np
 import pytest
 import torch
+from conftest import gloo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,31 +105,52 @@ def test_the_size_of_a_forward_does_not_change_the_score(tiny_cfg, rt):
     torch.testing.assert_close(found[0], found[2])
 
 
+def ledger_of(total):
+    return t.Ledger(np.arange(total + 1, dtype=np.uint16))
+
+
 def test_a_target_scored_twice_or_left_out_is_an_error():
-    ledger = t.Ledger(10)
+    ledger = ledger_of(10)
     ledger.record(0, torch.ones(4))
     for first in (3, 5):
-        with pytest.raises(RuntimeError, match="expected target 4"):
+        with pytest.raises(t.LedgerError, match="expected target 4") as caught:
             ledger.record(first, torch.ones(1))
-    with pytest.raises(RuntimeError, match="4 of 10"):
+        assert caught.value.condition == "C4"
+    with pytest.raises(t.LedgerError, match="4 of 10"):
         ledger.score(np.ones(10))
+    with pytest.raises(t.LedgerError):
+        ledger.record(4, torch.ones(7))  # past the end
 
 
 def test_text_used_before_its_score_is_an_error():
-    ledger = t.Ledger(10)
+    ledger = ledger_of(10)
     ledger.record(0, torch.ones(4))
-    ledger.use(0, 4)
-    with pytest.raises(RuntimeError, match="target 4 used"):
-        ledger.use(0, 5)
+    np.testing.assert_array_equal(ledger.text(1, 4), [1, 2, 3, 4])
+    for first, stop in ((0, 5), (4, 5), (2, 2), (-1, 3)):
+        with pytest.raises(t.LedgerError) as caught:
+            ledger.text(first, stop)
+        assert caught.value.condition == "C3"
+    assert ledger.updates == [(1, 4, 4)]
 
 
-def test_the_digest_tells_losses_and_their_order():
-    digests = set()
-    for losses in ([1.0, 2.0], [2.0, 1.0], [1.0, 2.0 + 1e-6]):
-        ledger = t.Ledger(2)
-        ledger.record(0, torch.tensor(losses))
-        digests.add(ledger.digest())
-    assert len(digests) == 3
+def test_the_digests_tell_losses_order_and_updates_apart():
+    def filled(losses, cut=(2,), updates=()):
+        ledger = ledger_of(len(losses))
+        for first, stop in zip((0, *cut), (*cut, len(losses)), strict=True):
+            ledger.record(first, torch.tensor(losses[first:stop]))
+        for update in updates:
+            ledger.text(*update)
+        return ledger.digests()
+
+    one = filled([1.0, 2.0, 3.0])
+    assert filled([1.0, 2.0, 3.0], cut=(1, 2)) == one, "not how the text was cut into chunks"
+    other = filled([1.0, 3.0, 2.0])
+    assert other["losses_sha256"] != one["losses_sha256"]
+    assert other["ledger_sha256"] == one["ledger_sha256"]
+    adapted = filled([1.0, 2.0, 3.0], updates=[(0, 2)])
+    assert adapted["ledger_sha256"] != one["ledger_sha256"]
+    assert adapted["order_sha256"] == one["order_sha256"]
+    assert one["order_sha256"] == hashlib.sha256(struct.pack("<3I", 0, 1, 2)).hexdigest()
 
 
 def test_after_a_chunk_only_text_that_is_scored_is_handed_out(tiny_cfg, rt):
@@ -138,9 +162,9 @@ def test_after_a_chunk_only_text_that_is_scored_is_handed_out(tiny_cfg, rt):
         real(ledger, first, nats)
         seen.append(ledger.scored)
 
-    def after_chunk(text, number, chunks):
+    def after_chunk(draw, number, chunks):
         assert chunks == 5
-        np.testing.assert_array_equal(text, val.tokens[50 * number : 50 * number + 51])
+        np.testing.assert_array_equal(draw(), val.tokens[50 * number : 50 * number + 51])
         assert seen[-1] >= 50 * (number + 1)
         seen.append("adapted")
 
@@ -148,7 +172,15 @@ def test_after_a_chunk_only_text_that_is_scored_is_handed_out(tiny_cfg, rt):
         patch.setattr(t.Ledger, "record", record)
         _, ledger = run_evaluate(model, val, cfg, rt, 8, after_chunk=after_chunk)
     assert seen.count("adapted") == 4, "not after the last chunk"
-    assert ledger.used == [(0, 50), (50, 100), (100, 150), (150, 200)]
+    assert [update[:2] for update in ledger.updates] == [(0, 50), (50, 100), (100, 150), (150, 200)]
+
+
+def test_a_chunk_without_a_window_of_its_own_is_no_gap(tiny_cfg, rt):
+    # The window before it scores past the edge of the last chunk, up to the end.
+    cfg = dataclasses.replace(tiny_cfg, ttt_chunk_tokens=50)
+    model, val = small_model(cfg), text_of(cfg, 102)
+    _, ledger = run_evaluate(model, val, cfg, rt, 8, after_chunk=lambda draw, number, chunks: None)
+    assert (ledger.times == 1).all()
 
 
 def adapted(cfg, rt, log, val, **changes):
@@ -232,6 +264,73 @@ def test_adaptation_stops_where_scoring_the_rest_would_run_out_of_time(tiny_cfg,
     assert "ttt:stopped adapting after 2 chunks" in (tmp_path / "late.txt").read_text()
 
 
+def losses_on_ranks(rt, cfg, seed, adapts):
+    """Losses and digests of a static or an adapting evaluation on this rank."""
+    model, val = small_model(cfg, seed), text_of(cfg, 470)
+    forward = functools.partial(model, plan=t.depth_plan(cfg, looped=True))
+    log = t.Log(".", "", enabled=False)
+    ttt = t.TestTimeTraining(forward, model, cfg, rt, log) if adapts else None
+    _, ledger = run_evaluate(model, val, cfg, rt, cfg.eval_stride, after_chunk=ttt)
+    return ledger.nats.numpy(), ledger.digests()
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_losses_and_ledger_are_the_same_for_any_number_of_ranks(tiny_cfg, rt, adapts):
+    cfg = dataclasses.replace(tiny_cfg, ttt_lr=0.1)
+    nats, digests = losses_on_ranks(rt, cfg, 0, adapts)
+    for ranks in (2, 3):
+        for other, found in gloo(ranks, losses_on_ranks, cfg, 0, adapts):
+            if adapts:  # sums of gradients over ranks round differently
+                np.testing.assert_allclose(other, nats, rtol=1e-4)
+                found["losses_sha256"] = digests["losses_sha256"]
+            assert found == digests
+
+
+class SlowClock:
+    """perf_counter of a machine on which each forward takes ten seconds."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def forward(self, inner):
+        def run(*args, **options):
+            self.now += 10.0
+            return inner(*args, **options)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("deadline", "expected"), [(2000.0, None), (800.0, "late"), (30.0, "at once")]
+)
+def test_scoring_that_runs_out_of_time_gives_up_the_stride_and_not_the_score(
+    tiny_cfg, rt, monkeypatch, deadline, expected
+):
+    clock, cfg = SlowClock(), dataclasses.replace(tiny_cfg, micro_batch_tokens=32)
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock.now)
+    rt.budget = t.Budget()
+    model, val = small_model(cfg), text_of(cfg, 1200)
+    forward = clock.forward(functools.partial(model, plan=t.depth_plan(cfg, looped=True)))
+    with rt.budget.phase("quantized_sliding_window"):
+        _, ledger = t.evaluate(
+            forward, val, cfg, rt, stride=8, show=lambda part: None, deadline=deadline
+        )
+    assert (ledger.times == 1).all()
+    full = 10.0 * len(list(t.sliding_windows(1200, 32, 8)))
+    if expected is None:
+        assert ledger.plain_from is None
+        assert clock.now == full
+    elif expected == "late":
+        assert 300 < ledger.plain_from < 1200, "as many short strides as fit"
+        assert deadline - 400 < clock.now <= deadline < full
+    else:
+        assert ledger.plain_from == 3 * 16 * 8, "three chunks tell how long it takes"
+    plain = ledger.plain_from
+    if plain:
+        static, _ = run_evaluate(model, val, cfg, rt, 8)[1], None
+        assert torch.equal(ledger.nats[:plain], static.nats[:plain])
+
+
 def test_a_chunk_is_cut_into_whole_sequences(tiny_cfg, rt, silent_log):
     # 70 targets hold two sequences of 32: the six left over are scored, but not trained on.
     model, seen = small_model(tiny_cfg), []
@@ -243,7 +342,7 @@ def test_a_chunk_is_cut_into_whole_sequences(tiny_cfg, rt, silent_log):
     text = text_of(tiny_cfg, 70).tokens
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     cfg = dataclasses.replace(tiny_cfg, ttt_epochs=1)
-    t.adapt(forward, model, sgd, text, cfg, rt)
+    t.adapt(forward, model, sgd, lambda: text, cfg, rt)
     rows = [row for tokens, _ in seen for row in tokens]
     assert rows == [text[:32].tolist(), text[32:64].tolist()]
     assert seen[0][1][-1][-1] == text[64]

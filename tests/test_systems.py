@@ -470,8 +470,8 @@ def test_gaussian_weights_pack_to_the_published_bytes(system, rt, silent_log, mo
     """
     part, spread, published = FULL_SIZE[system]
     code, full = t.code_bytes(), config(system)
-    limit = (full.max_total_bytes - code) // part + code
-    cfg = config(system, MAX_TOTAL_BYTES=str(limit))
+    limit = (full.artifact_limit_bytes - code) // part + code
+    cfg = config(system, ARTIFACT_LIMIT_BYTES=str(limit))
     monkeypatch.setattr(t, "gptq_quantize", nearest)
     weights = gaussian_weights(cfg, part, spread)
     hessians = dict.fromkeys(name.removesuffix(".weight") for name in weights)
