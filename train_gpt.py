@@ -3512,7 +3512,7 @@ def earlier_run(cfg: Config, run_id: str) -> str:
     return ""
 
 
-def lock(stream) -> bool:
+def lock(stream: Any) -> bool:
     """Take a file for this process until it ends or closes it; False if another process has it."""
     try:
         import fcntl  # not on every system
