@@ -29,24 +29,32 @@ from types import CodeType
 # ---------------------------------------------------------------------------------------------
 
 LIMIT_BYTES = 25_000  # of a packed file
-HELP_NOTE = "\n\nThis is the packed file: what each setting means is in the readable train_gpt.py."
-MEANT = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations that change what a dataclass does
+HELP_NOTE = "\n\nThis is the packed file; the readable one beside it says what the settings mean."
+# Annotations that change what a dataclass or a Triton kernel does.
+MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
+
+
+def means_nothing(annotation: ast.AST | None) -> bool:
+    """Whether a program without this annotation does the same."""
+    return not annotation or not MEANT & set(re.findall(r"\w+", ast.unparse(annotation)))
 
 
 class Stripper(ast.NodeTransformer):
     """Removes docstrings of functions and classes, and annotations.
 
     A class attribute keeps a placeholder annotation: dataclasses and NamedTuples count those.
-    sentences=False: also removes the sentences of the settings, and --help says so.
+    sentences=False: also what only --help prints, the sentences of the settings and all but the
+    first line of the module; --help says so.
     """
 
     def __init__(self, sentences: bool):
-        self.sentences = sentences
+        self.sentences, self.attributes = sentences, []
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
         self.generic_visit(node)
         if not self.sentences and ast.get_docstring(node):
-            node.body[0].value.value += HELP_NOTE
+            first = ast.get_docstring(node).partition("\n")[0]
+            node.body[0].value.value = first + HELP_NOTE
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -62,6 +70,7 @@ class Stripper(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self.attributes += [part for part in node.body if isinstance(part, ast.AnnAssign)]
         return self.without_docstring(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -71,13 +80,16 @@ class Stripper(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
-        node.annotation = None
+        node.annotation = None if means_nothing(node.annotation) else node.annotation
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
-        if not MEANT & set(re.findall(r"\w+", ast.unparse(node.annotation))):
-            node.annotation = ast.Name("int", ast.Load())
+        if not means_nothing(node.annotation):
+            return node
+        if node.value and node not in self.attributes:
+            return ast.Assign([node.target], node.value)
+        node.annotation = ast.Name("int", ast.Load())
         return node
 
 
@@ -237,7 +249,7 @@ class Context:
             if not self.count:
                 self.first[self.indent] = token
             self.count += 1
-            self.kinds = (self.kinds + ("w" if token == self.word else token))[-5:]
+            self.kinds = (self.kinds + ("w" if token == self.word else token))[-4:]
         if symbol in "([{":
             self.calls.append(self.word or symbol)
         elif symbol in ")]}":
@@ -321,23 +333,23 @@ def spell(choose: Callable[[int], int], size: int) -> str:
             x = [stretch[f >> 15] for f in found]
             x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
             x.append(80)
-            by_node = weights.setdefault(node, [14000] * inputs)
+            by_node = weights.setdefault(node, [12000] * inputs)
             dot = max(-2047, min(2047, sum(map(mul, by_node, x)) >> 16))
-            by_last = weights.setdefault(last, [14000] * inputs)
+            by_last = weights.setdefault(last, [12000] * inputs)
             dot2 = max(-2047, min(2047, sum(map(mul, by_last, x)) >> 16))
             bit = choose(squash[(dot + dot2 >> 1) + 2047])
             goal = bit << 16
             error = goal - squash[dot + 2047]
             if not -1300 < error < 1300:  # small ones teach little and cost time
-                by_node[:] = [w + (i * error >> 15) for w, i in zip(by_node, x)]  # noqa: B905
+                by_node[:] = [w + (i * error * 3 >> 16) for w, i in zip(by_node, x)]  # noqa: B905
             error = goal - squash[dot2 + 2047]
             if not -1300 < error < 1300:
-                by_last[:] = [w + (i * error >> 15) for w, i in zip(by_last, x)]  # noqa: B905
+                by_last[:] = [w + (i * error * 3 >> 16) for w, i in zip(by_last, x)]  # noqa: B905
             for c, f in zip(counts, found):  # noqa: B905
                 p, state = f >> 11, f & 2047
                 c[node] = p + ((goal - p) * rate[state] >> 16) << 11 | step[bit][state]
             for h, s in zip(histories, seen):  # noqa: B905
-                h[s] += goal - h[s] >> 6
+                h[s] += goal - h[s] >> 7
             node = nodes[node][bit]
         context.read(chr(-1 - node))
     return context.text
