@@ -3,21 +3,21 @@
 
     python records/pack.py train_gpt.py OUT
 
-OUT runs, and is imported, like the readable file, with Python 3.10 or later; nothing is kept on disk.
-It has no comments, docstrings or annotations, and short names for local variables. Sentences of the
-settings go only if OUT would be larger than LIMIT_BYTES with them.
+OUT runs, and is imported, like the readable file, with Python 3.10 or later; it keeps nothing on
+disk. It has no comments, docstrings or annotations, and short names for local variables. Sentences
+of the settings go only if OUT would be larger than LIMIT_BYTES with them.
 
 Why a coder of our own: train_gpt.py of 147,363 bytes is 81,068 characters when stripped, and takes
 
-    stripped, then                  bytes   seconds to unpack, one core
+                                    bytes   seconds to unpack, one core
     lzma                           25,802   0.01
     bz2                            25,661   0.01
     brotli 11                      24,861   0.01, and a package
-    this model                     19,850   5
-    this model, names not short    20,900   5
+    this model                     19,894   5
+    this model, names kept long    20,874   5
 
-to which all but the last add the bytes that a Python file needs to hold them: base85 a quarter, digits
-to base 253 in a comment 0.3 %. The decoder itself takes 2,600.
+To all of them come the bytes that a Python file needs to hold data: base 85 adds a quarter, digits
+to base 253 in a comment (in the last two rows already) 0.3 %. The decoder adds 2,600.
 """
 
 from __future__ import annotations

@@ -312,8 +312,9 @@ def test_the_packed_train_gpt_is_small_and_the_same_program_to_the_artifact(data
     size = packed.stat().st_size
     assert size <= 25_000
     assert size < 0.9 * len(lzma.compress(pack.small_source(SOURCE).encode(), preset=9))
-    short = dict(ITERATIONS="3", TTT_ENABLED="0", SLIDING_WINDOW_ENABLED="0", VAL_TOKENS="100")
-    env = {**conftest.tiny_settings(dataset, tmp_path), **short}
+    small = dict(NUM_LAYERS=3, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, ITERATIONS=3, VAL_TOKENS=100)
+    small |= dict(TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, GPTQ_CALIBRATION_BATCHES=1)
+    env = conftest.tiny_settings(dataset, tmp_path) | {k: str(v) for k, v in small.items()}
     assert t.main([], {**env, "RUN_ID": "readable"}) == 0
     (tmp_path / "use.py").write_text(USE)
     settings_text = json.dumps({**env, "RUN_ID": "packed"})
