@@ -9,12 +9,12 @@ of the settings go only if OUT would be larger than LIMIT_BYTES with them.
 
 Why a coder of our own: train_gpt.py of 147,363 bytes is 81,068 characters when stripped, and takes
 
-                                    bytes   seconds to unpack, one core
+                                    bytes   seconds to unpack, one shared core
     lzma                           25,802   0.01
     bz2                            25,661   0.01
     brotli 11                      24,861   0.01, and a package
-    this model                     19,894   5
-    this model, names kept long    20,874   5
+    this model                     19,894   5 to 7
+    this model, names kept long    20,874   5 to 7
 
 To all of them come the bytes that a Python file needs to hold data: base 85 adds a quarter, digits
 to base 253 in a comment (in the last two rows already) 0.3 %. The decoder adds 2,600.
