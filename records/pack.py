@@ -1,0 +1,556 @@
+#!/usr/bin/env python3
+"""Write train_gpt.py as a small file that unpacks itself: code counts against the 16,000,000 bytes.
+
+    python records/pack.py train_gpt.py OUT
+
+OUT runs, and is imported, like the readable file, with Python 3.10 or later; it keeps nothing on
+disk. It has no comments, docstrings or annotations, and short names for local variables. Sentences
+of the settings go only if OUT would be larger than LIMIT_BYTES with them.
+
+Why a coder of our own: train_gpt.py of 147,363 bytes is 81,068 characters when stripped, and takes
+
+                                    bytes   seconds to unpack, one shared core
+    lzma                           25,802   0.01
+    bz2                            25,661   0.01
+    brotli 11                      24,861   0.01, and a package
+    this model                     19,894   5 to 7
+    this model, names kept long    20,874   5 to 7
+
+To all of them come the bytes that a Python file needs to hold data: base 85 adds a quarter, digits
+to base 253 in a comment (in the last two rows already) 0.3 %. The decoder adds 2,600.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections
+import hashlib
+import inspect
+import io
+import linecache
+import re
+import string
+import sys
+import tokenize
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from operator import mul
+from pathlib import Path
+from types import CodeType
+
+# ---------------------------------------------------------------------------------------------
+# 1  Stripping: the same program in fewer characters
+# ---------------------------------------------------------------------------------------------
+
+LIMIT_BYTES = 25_000  # of a packed file
+HELP_NOTE = "\n\nThis is the packed file; the readable one beside it says what the settings mean."
+# Annotations that change what a dataclass or a Triton kernel does.
+MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
+
+
+def means_nothing(annotation: ast.AST | None) -> bool:
+    """Whether a program without this annotation does the same."""
+    return not annotation or not MEANT & set(re.findall(r"\w+", ast.unparse(annotation)))
+
+
+class Stripper(ast.NodeTransformer):
+    """Removes docstrings of functions and classes, and annotations.
+
+    A class attribute keeps a placeholder annotation: dataclasses and NamedTuples count those.
+    sentences=False: also what only --help prints, the sentences of the settings and all but the
+    first line of the module; --help says so.
+    """
+
+    def __init__(self, sentences: bool):
+        self.sentences, self.attributes = sentences, []
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        self.generic_visit(node)
+        if not self.sentences and ast.get_docstring(node):
+            first = ast.get_docstring(node).partition("\n")[0]
+            node.body[0].value.value = first + HELP_NOTE
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not self.sentences and ast.unparse(node.func) == "knob" and len(node.args) > 1:
+            node.args[1] = ast.Constant("")
+        return node
+
+    def without_docstring(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self.attributes += [part for part in node.body if isinstance(part, ast.AnnAssign)]
+        return self.without_docstring(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.without_docstring(node)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None if means_nothing(node.annotation) else node.annotation
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        if not means_nothing(node.annotation):
+            return node
+        if node.value and node not in self.attributes:
+            return ast.Assign([node.target], node.value)
+        node.annotation = ast.Name("int", ast.Load())
+        return node
+
+
+def stripped(tree: ast.Module, *, sentences: bool = True) -> ast.Module:
+    """A copy of the program without docstrings (but the module's) and annotations."""
+    copy = ast.parse(ast.unparse(tree))
+    return ast.fix_missing_locations(Stripper(sentences).visit(copy))
+
+
+def bound_names(tree: ast.AST) -> Iterator[str]:
+    """Names that assignments, loops, imports, handlers and definitions give a meaning to."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield (node.asname or node.name).partition(".")[0]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def outer_functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef]:
+    """Functions and methods that stand in no other function."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from outer_functions(node)
+
+
+def rename_locals(tree: ast.Module) -> ast.Module:
+    """Give local variables names of one letter, in place; returns the tree.
+
+    A name changes in a whole outer function at once, inner functions included, so that closures
+    hold together. Untouched: parameters, attributes, functions, imports, and whatever is global or
+    built in, here or in a function that names it so.
+    """
+    fixed = set(dir(builtins))
+    for node in tree.body:
+        named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        fixed |= {node.name} if named else set(bound_names(node))
+    for function in outer_functions(tree):
+        kept, uses = set(fixed), []
+        for node in ast.walk(function):
+            if isinstance(node, ast.arg):
+                kept.add(node.arg)
+            elif isinstance(node, (ast.Global, ast.Nonlocal)):
+                kept.update(node.names)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.alias)):
+                kept.update(bound_names(node) if isinstance(node, ast.ClassDef) else ())
+                kept.add((getattr(node, "asname", None) or node.name).partition(".")[0])
+            elif isinstance(node, (ast.MatchAs, ast.MatchStar)):
+                kept.add(node.name)
+            elif isinstance(node, ast.Name):
+                uses.append(node)
+        handlers = [n for n in ast.walk(function) if isinstance(n, ast.ExceptHandler) and n.name]
+        stored = [n.id for n in uses if isinstance(n.ctx, ast.Store)] + [n.name for n in handlers]
+        local = [name for name in dict.fromkeys(stored) if name not in kept]
+        taken = kept | ({n.id for n in uses} - set(local))
+        names = dict(zip(local, (c for c in string.ascii_letters if c not in taken), strict=False))
+        for node in uses:
+            node.id = names.get(node.id, node.id)
+        for handler in handlers:
+            handler.name = names.get(handler.name, handler.name)
+    return tree
+
+
+def without_blanks(source: str) -> str:
+    """The same tokens with one blank per level of indentation and none that can be spared."""
+    lines, out, depth, inside = source.splitlines(keepends=True), [], 0, 0
+    last, line_end = "\n", (0, 0)
+    starts, ends = ("FSTRING_START", "TSTRING_START"), ("FSTRING_END", "TSTRING_END")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, text = tokenize.tok_name[token.type], token.string
+        if kind in ("NL", "COMMENT", "ENDMARKER"):
+            continue
+        if kind in ("INDENT", "DEDENT"):
+            depth += 1 if kind == "INDENT" else -1
+            continue
+        if kind in starts:
+            inside, line_end = inside + 1, line_end if inside else token.start
+        if inside:  # from Python 3.12 on an f-string is many tokens; its blanks are its own
+            inside -= kind in ends
+            if inside:
+                continue
+            (row, column), (end_row, end) = line_end, token.end
+            part = lines[row - 1 : end_row]
+            part[-1] = part[-1][:end]
+            text = "".join(part)[column:]
+        if kind == "NEWLINE":
+            out.append("\n")
+        else:
+            words = re.match(r"\w", text) and re.search(r"\w$", last)
+            out.append(" " * depth if last == "\n" else " " * bool(words))
+            out.append(text)
+        last = "\n" if kind == "NEWLINE" else text
+    return "".join(out)
+
+
+def small_source(source: str, *, sentences: bool = True) -> str:
+    """The program in as few characters as its syntax tree allows; ASCII."""
+    tree = rename_locals(stripped(ast.parse(source), sentences=sentences))
+    text = without_blanks(ast.unparse(tree) + "\n")
+    text = text.encode("ascii", "backslashreplace").decode()  # only strings hold other characters
+    assert ast.dump(ast.parse(text)) == ast.dump(tree), "the small source is another program"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
+# 2  The model: which bit comes next, from what followed in ten kinds of context
+# A text is coded symbol by symbol, each a walk down one binary tree. Integers only, so that every
+# machine and Python predicts the same. The packed file contains these functions.
+# ---------------------------------------------------------------------------------------------
+
+BASE = 253  # the bytes of a comment: all but NUL, LF and CR
+COMMON = " ea.(),t\nsr_oni='dlc:pmubhfg0[]k1{}EAyv"  # by falling frequency
+
+
+class Context:
+    """What has been read, as the keys under which the ten predictors keep what followed."""
+
+    def __init__(self):
+        self.text = self.word = self.kinds = ""
+        self.tokens, self.calls, self.first, self.last = [""], [""], {}, {}
+        self.count = self.indent = self.match = self.run = 0
+
+    def keys(self) -> tuple:
+        """One key per predictor."""
+        text, word = self.text, self.word
+        return (
+            "",
+            text[-1:],
+            text[-2:],
+            text[-3:],
+            word,
+            (word, self.first.get(self.indent), self.tokens[-1]),
+            (word, self.calls[-1], self.tokens[-1]),
+            (word, self.first.get(self.indent), self.count),
+            (self.kinds, word != ""),
+            (text[self.match] if self.match else "", min(self.run, 15)),
+        )
+
+    def read(self, symbol: str) -> None:
+        """Go on by one symbol: the longest repetition, then the tokens of the line."""
+        hit = self.match and self.text[self.match] == symbol
+        self.text += symbol
+        self.match, self.run = (self.match + 1, self.run + 1) if hit else (0, 0)
+        end, recent = len(self.text), self.text[-4:]
+        if not hit:
+            self.match = self.last.get(recent, 0)
+            self.run = 4 * (self.match > 0)
+        self.last[recent] = end
+        if symbol > "~" or symbol.isalnum() or symbol == "_":
+            self.word += symbol
+            return
+        for token in filter(None, (self.word, symbol.strip(" "))):
+            self.tokens.append(token)
+            if not self.count:
+                self.first[self.indent] = token
+            self.count += 1
+            self.kinds = (self.kinds + ("w" if token == self.word else token))[-4:]
+        if symbol in "([{":
+            self.calls.append(self.word or symbol)
+        elif symbol in ")]}":
+            self.calls = self.calls[:-1] or [""]
+        elif symbol == "\n":
+            self.calls, self.count, self.indent = [""], 0, 0
+        elif symbol == " " and not self.count:
+            self.indent += 1
+        self.word = ""
+
+
+def symbol_tree() -> list[list[int]]:
+    """Children of every node: a node's number, or -1 - symbol for a leaf; the root is node 0.
+
+    The symbols stand in order of their codes, so that neighbours share a path, and common ones
+    are near the root.
+    """
+    weight = [60] * 128 + [5000 // i for i in range(10, 138)]
+    for place, symbol in enumerate(COMMON, 9):
+        weight[ord(symbol)] = 20000 // place
+    nodes, todo = [], [(0, 256, [0], 0)]
+    for low, high, parent, side in todo:
+        if high - low < 2:
+            parent[side] = -1 - low
+            continue
+        balance = [abs(2 * sum(weight[low:m]) - sum(weight[low:high])) for m in range(low, high)]
+        middle = max(low + 1, low + balance.index(min(balance)))
+        parent[side] = len(nodes)
+        nodes.append([0, 0])
+        todo += [(low, middle, nodes[-1], 0), (middle, high, nodes[-1], 1)]
+    return nodes
+
+
+def tables() -> tuple:
+    """Logistic function and its inverse (x in 256ths, p in 65536ths), and the steps of a count.
+
+    A count is 11 bits: how often the context was seen (up to 31), and the last bits that followed
+    (up to 5, after a leading 1).
+    """
+    half, p = [], 1 << 31
+    for _ in range(2048):
+        half.append(p >> 16)
+        p += p * ((1 << 32) - p) >> 40
+    squash = [65536 - p for p in half[:0:-1]] + half
+    stretch, x = [], 0
+    for p in range(8, 65536, 16):
+        while x < 4094 and squash[x] < p:
+            x += 1
+        stretch.append(x - 2047)
+    step = [[], []]
+    for count in range(2048):
+        for bit in (0, 1):
+            seen = count % 64 * 2 + bit
+            seen = seen % 32 + 32 if seen > 63 else seen
+            step[bit].append(min(count // 64 + 1, 31) * 64 + seen)
+    rate = [131072 // (2 * (count // 64) + 3) for count in range(2048)]
+    return squash, stretch, step, rate
+
+
+def spell(choose: Callable[[int], int], size: int) -> str:
+    """The text of `size` symbols whose bits `choose` gives, one at a time.
+
+    Args:
+        choose: gets the probability that the next bit is 1, in 65536ths, and returns that bit.
+    Source: context mixing after M. Mahoney's PAQ: counts and bit histories, mixed in the logistic
+    domain by two sets of weights (by node of the tree, and by last symbol) that learn on the way.
+    """
+    squash, stretch, step, rate = tables()
+    nodes, context = symbol_tree(), Context()
+    maps = [{} for _ in context.keys()]  # noqa: SIM118 -- not a dict
+    ones = [bin(h).count("1") - 1 for h in range(1, 64)]
+    guess = [65536 * (5 * o + 2) // (5 * h.bit_length() - 1) for h, o in enumerate(ones, 1)]
+    histories, inputs = [[32768, *guess] for _ in maps], 2 * len(maps) + 1
+    node_weights, last_weights = [[[12000] * inputs for _ in range(256)] for _ in range(2)]
+    for _ in range(size):
+        counts = [m.setdefault(key, {}) for m, key in zip(maps, context.keys())]  # noqa: B905
+        node, by_last = 0, last_weights[ord(context.text[-1:] or " ")]
+        while node >= 0:
+            found = [c.get(node, 32768 << 11 | 1) for c in counts]
+            seen = [f & 63 for f in found]
+            x = [stretch[f >> 15] for f in found]
+            x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
+            x.append(80)
+            by_node = node_weights[node]
+            sums = []
+            for weights in (by_node, by_last):
+                dot = sum(map(mul, weights, x)) >> 16
+                sums.append(dot if -2048 < dot < 2048 else 2047 if dot > 0 else -2047)
+            bit = choose(squash[(sums[0] + sums[1] >> 1) + 2047])
+            goal, steps = bit << 16, step[bit]
+            for weights, dot in ((by_node, sums[0]), (by_last, sums[1])):
+                error = goal - squash[dot + 2047]
+                if not -1300 < error < 1300:  # small ones teach little and cost time
+                    error *= 3
+                    weights[:] = [w + (i * error >> 16) for w, i in zip(weights, x)]  # noqa: B905
+            for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
+                p, state = f >> 11, f & 2047
+                c[node] = p + ((goal - p) * rate[state] >> 16) << 11 | steps[state]
+                h[s] += goal - h[s] >> 7
+            node = nodes[node][bit]
+        context.read(chr(-1 - node))
+    return context.text
+
+
+def digit_values(data: bytes) -> list[int]:
+    """The digits 0 to 252 that the bytes of a comment stand for."""
+    return [c - 1 - (c > 10) - (c > 13) for c in data]
+
+
+def expand(data: bytes) -> str:
+    """The text that `compress` made these bytes of."""
+    digits = iter(digit_values(data))
+
+    def number(places: int) -> int:
+        value = 0
+        for _ in range(places):
+            value = value * BASE + next(digits, 0)
+        return value
+
+    def choose(p: int) -> int:
+        nonlocal value, width
+        part = width * p >> 16
+        bit = value < part
+        value, width = (value, part) if bit else (value - part, width - part)
+        while width < BASE**3:
+            value, width = value * BASE + next(digits, 0), width * BASE
+        return int(bit)
+
+    size, value, width = number(3), number(4), BASE**4
+    words, _, body = spell(choose, size).partition("\n\n")
+    return body.translate(dict(enumerate(words.split(), 128)))
+
+
+def program(scope: dict, head: str, data: bytes) -> CodeType:
+    """The code of a packed file; its lines are made known to tracebacks and `inspect`.
+
+    Args:
+        scope: variables of the module, which has not run yet.
+        head: the packed file's own lines; the program's are numbered from there.
+        data: what `compress` gave.
+    """
+    name, text = scope["__file__"], expand(data)
+    # Without a time of change the lines stay: linecache would read the packed file instead.
+    linecache.cache[name] = (len(text), None, (head + text).splitlines(True), name)
+    if scope["__name__"] == "__main__":  # before Python 3.13 the built-in one reads the file
+        sys.excepthook = traceback.print_exception
+    return compile("\n" * head.count("\n") + text, name, "exec")
+
+
+# ---------------------------------------------------------------------------------------------
+# 3  Packing: the way back, and the file
+# ---------------------------------------------------------------------------------------------
+
+
+def comment_bytes(digits: list[int]) -> bytes:
+    """Digits 0 to 252 as the bytes of a comment."""
+    return bytes(d + 1 + (d > 8) + (d > 10) for d in digits)
+
+
+def with_words(text: str) -> str:
+    """A list of frequent words, then the text with one character (128 and up) for each."""
+    counts = collections.Counter(re.findall("[A-Za-z]{2,}", text))
+    gain = {word: (count - 1) * (2 * len(word) - 1) for word, count in counts.items()}
+    words = sorted(sorted(gain), key=gain.get, reverse=True)[:128]
+    words = sorted((w for w in words if counts[w] > 2), key=counts.get, reverse=True)
+    codes = {word: chr(code) for code, word in enumerate(words, 128)}
+    body = re.sub("[A-Za-z]+", lambda found: codes.get(found[0], found[0]), text)
+    return " ".join(words) + "\n\n" + body
+
+
+def symbol_paths() -> dict[str, list[int]]:
+    """The bits from the root of `symbol_tree` to each symbol."""
+    nodes, paths = symbol_tree(), {0: []}
+    for node, children in enumerate(nodes):
+        paths |= {child: [*paths[node], bit] for bit, child in enumerate(children)}
+    return {chr(-1 - leaf): path for leaf, path in paths.items() if leaf < 0}
+
+
+def compress(text: str) -> bytes:
+    """An ASCII text as bytes that a comment can hold; `expand` is the inverse."""
+    if not text.isascii():
+        raise ValueError("only ASCII text can be compressed; escape other characters")
+    paths, text = symbol_paths(), with_words(text)
+    bits = (bit for symbol in text for bit in paths[symbol])
+    low, width, digits = 0, BASE**4, []
+
+    def choose(p: int) -> int:
+        nonlocal low, width
+        bit, part = next(bits), width * p >> 16
+        low, width = (low, part) if bit else (low + part, width - part)
+        while width < BASE**3:
+            digits.append(low // BASE**3)
+            low, width = low % BASE**3 * BASE, width * BASE
+        return bit
+
+    spell(choose, len(text))
+    digits += [0] * 4
+    for place in range(1, 5):
+        low, digits[-place] = divmod(low, BASE)
+    digits[-5:-4] = [digits[-5] + low] if len(digits) > 4 else []
+    for place in range(len(digits) - 1, 0, -1):  # carries
+        carry, digits[place] = divmod(digits[place], BASE)
+        digits[place - 1] += carry
+    size = [len(text) // BASE**2, len(text) // BASE % BASE, len(text) % BASE]
+    return comment_bytes(size + digits)
+
+
+def codec_source() -> str:
+    """What the packed file needs of this one."""
+    parts = (Context, symbol_tree, tables, spell, digit_values, expand, program)
+    source = f"import linecache, sys, traceback\nfrom operator import mul\n{BASE=}\n{COMMON=}\n"
+    return small_source(source + "\n".join(inspect.getsource(part) for part in parts))
+
+
+# What a person and Python read of the packed file; two comments of data follow.
+HEAD = """\
+# -*- coding: latin-1 -*-
+# train_gpt.py packed by records/pack.py; the readable source is beside this file, its sha256 is
+# {digest}
+import sys,zlib
+def unpacked():
+ with open(__file__,"rb")as file:head,*data=file.read().split(b"\\n#:")
+ if zlib.crc32(b"".join(data))!={crc}:
+  print(__file__+": damaged, it must be copied or packed again",file=sys.stderr)
+  sys.exit(2)
+ number,codec=0,{{}}
+ for c in data[0]:number=number*253+c-1-(c>10)-(c>13)
+ exec(zlib.decompress(number.to_bytes({size},"big")),codec)
+ return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1])
+exec(unpacked())"""
+
+
+def pack_source(source: str) -> bytes:
+    """The source of a program as a smaller file that does the same.
+
+    Sentences of the settings are kept if the file is within LIMIT_BYTES with them.
+    """
+    codec = zlib.compress(codec_source().encode(), 9)
+    number, digits = int.from_bytes(codec, "big"), []
+    while number:
+        number, digit = divmod(number, BASE)
+        digits.append(digit)
+    for sentences in (True, False):
+        data = [comment_bytes(digits[::-1]), compress(small_source(source, sentences=sentences))]
+        crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()
+        head = HEAD.format(digest=digest, crc=crc, size=len(codec)).encode()
+        packed = b"\n#:".join([head, *data])
+        if len(packed) <= LIMIT_BYTES:
+            break
+    return packed
+
+
+def unpack_source(packed: bytes) -> str:
+    """The program in a packed file: `small_source` of the readable one.
+
+    Raises: ValueError if it is no packed file, or a damaged one.
+    """
+    head, *data = packed.split(b"\n#:")
+    crc = re.search(rb"!=(\d+):", head)
+    if not crc or len(data) != 2 or int(crc[1]) != zlib.crc32(b"".join(data)):
+        raise ValueError("not a packed file, or a damaged one")
+    return expand(data[1])
+
+
+def main(argv: list[str]) -> int:
+    """Pack a file; returns the exit status."""
+    try:
+        if len(argv) != 2:
+            raise ValueError("expected two arguments: the readable source, the file to write")
+        source, out = Path(argv[0]), Path(argv[1])
+        if out.exists() and out.samefile(source):
+            raise ValueError(f"{out}: is the readable source; name another file to write")
+        readable = source.read_bytes()
+        packed = pack_source(readable.decode("utf-8"))
+        if len(packed) > LIMIT_BYTES:
+            raise ValueError(f"{source}: packed {len(packed):,} bytes, limit {LIMIT_BYTES:,}")
+        part = out.with_name(f".{out.name}.part")
+        part.write_bytes(packed)
+        part.replace(out)
+    except (OSError, SyntaxError, ValueError) as error:
+        print(f"pack.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{source}: {len(readable):,} bytes, packed {len(packed):,} bytes: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
