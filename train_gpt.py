@@ -711,7 +711,11 @@ class Runtime:
 
     def compile(self, function: Callable) -> Callable:
         """A module or function, compiled for static shapes where this run compiles."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+        if not self.compiles:
+            return function
+        # Each plan and each shape, with gradients and without, is a graph; torch stops a run at 8.
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def compilations(self) -> int:
         """Graphs that this process has compiled so far."""

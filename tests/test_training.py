@@ -150,6 +150,18 @@ def train_compiled(cfg, rt, loader, log, monkeypatch, validate=lambda *a: None):
     return before
 
 
+def test_a_run_may_need_more_graphs_than_torch_allows_by_default(rt, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    rt.compiles = True
+    double, before = rt.compile(lambda x: x + x), rt.compilations()
+    for length in range(1, 13):
+        assert torch.equal(double(torch.ones(length)), torch.full((length,), 2.0))
+    assert rt.compilations() - before == 12
+    torch._dynamo.reset()
+
+
 def small(cfg, **changes):
     """Two layers, one of them looped, and rounded training at the end: four depth plans."""
     few = dict(num_layers=2, loop_start=1, loop_end=1, num_loops=1, parallel_residual_start=1)
