@@ -279,6 +279,30 @@ def test_operations_are_classed_by_their_names_and_sizes():
         assert bench.classify(name, shapes, vocab_size=384) == kind, name
 
 
+def test_on_a_gpu_each_kernel_counts_once_and_the_heads_products_are_the_heads():
+    host, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(key, where, micros, shapes=(), annotation=False):
+        return argparse.Namespace(
+            key=key, device_type=where, self_device_time_total=micros, self_cpu_time_total=1e9,
+            input_shapes=list(shapes), is_user_annotation=annotation,
+        )  # fmt: skip
+
+    events = [
+        event("nvjet_hsh_256x128", device, 7e6),
+        event("flash::FlashAttnFwdSm90", device, 2e6),
+        event("triton_poi_fused_add_mul_7", device, 4e6),
+        event("Optimizer.step#Muon.step", device, 9e6, annotation=True),
+        event("aten::mm", host, 5e6, [[8, 32], [32, 64]]),
+        event("aten::mm", host, 2e6, [[8, 32], [32, 384]]),
+        event("triton_poi_fused_add_mul_7", host, 4e6),
+    ]
+    found = bench.book(events, lambda key, shapes: bench.classify(key, shapes, 384), cuda=True)
+    assert found == {
+        "matrix products": 5, "head and loss": 2, "attention": 2, "elementwise": 4
+    }  # fmt: skip
+
+
 def test_a_profile_books_a_step_to_classes_beside_their_floors(dataset, tmp_path, capsys):
     words = options(dataset, tmp_path, "--profile", "--steps=2", "--profile-steps=1")
     assert bench.main(words) == 0
