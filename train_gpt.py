@@ -647,7 +647,7 @@ class Runtime:
         stack = tensors[0].new_zeros(self.world_size * each, *tensors[0].shape)
         torch.stack(tuple(tensors), out=stack[: len(tensors)])
         sums = torch.empty_like(stack[:each])
-        # torch 2.13 renamed this, and `start_gather`'s; gloo has both since 2.9 at least.
+        # torch 2.13 renamed this, and the one of `start_gather`; gloo has both.
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         work = scatter(sums, stack, async_op=True)
 
@@ -672,7 +672,7 @@ class Runtime:
         return finish
 
     def part(self, count: int) -> slice:
-        """This rank's part of `count` items; all parts but the last ones, or all, are one size."""
+        """This rank's part of `count` items: equal parts, of which the last may be cut or empty."""
         each = -(-count // self.world_size)
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -713,7 +713,7 @@ class Runtime:
         """A module or function, compiled for static shapes where this run compiles."""
         if not self.compiles:
             return function
-        # Each plan and each shape, with gradients and without, is a graph; torch stops a run at 8.
+        # Each plan and shape, with gradients and without, is a graph; torch ends a run at the ninth.
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -1983,12 +1983,11 @@ def global_norm(params: Sequence[nn.Parameter], apart: Set[nn.Parameter], rt: Ru
     Those `apart` lie on one rank each; the others lie on all, and rank 0 alone counts them.
     """
     mine = [p for p in params if p.grad is not None and (p in apart or rt.is_main)]
-    norms = dict(
-        zip(mine, torch._foreach_norm([p.grad for p in mine]) if mine else (), strict=True)
-    )
+    grads = [p.grad for p in mine]
+    norms = dict(zip(mine, torch._foreach_norm(grads) if grads else grads, strict=True))
     nothing = params[0].new_zeros(())
     each = torch.stack([norms.get(p, nothing) for p in params])
-    rt.sum_(each)  # adds zeros, so the ranks and one rank have the same digits
+    rt.sum_(each)  # each norm and the zeros of other ranks: no digit depends on who had it
     return torch.linalg.vector_norm(each)
 
 
