@@ -713,7 +713,7 @@ class Runtime:
         """A module or function, compiled for static shapes where this run compiles."""
         if not self.compiles:
             return function
-        # Each plan and shape, with gradients and without, is a graph; torch ends a run at the ninth.
+        # Each plan and shape, with gradients and without, is a graph; torch would stop at eight.
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(function, dynamic=False, fullgraph=True)
 
