@@ -205,7 +205,9 @@ def side_by_side(cfg: t.Config, args: argparse.Namespace) -> dict:
             found = " ".join(f"{plan}:{ms:.2f}ms" for plan, ms in runs[-1]["median_ms"].items())
             say(f"{number + 1}/{total} {program.name} {found} time_left:{left:.0f}s")
     stand_in = "stand-in by scaled_dot_product_attention, for want of flash_attn_interface"
+    rt = t.Runtime(cfg, {})
     return dict(
+        attention_of_ours=t.select_attention(cfg.attention, rt.device, rt.compute_dtype)[0],
         attention_of_other="flash_attn_interface as installed" if has_fa3 else stand_in,
         variables={p.name: p.variables for p in programs} | {"both": pairs(args.set)},
         sources={p.name: hashlib.sha256(p.path.read_bytes()).hexdigest() for p in programs},
@@ -262,7 +264,8 @@ def timing_page(record: dict) -> list[str]:
         if "mfu" in found:
             notes.append(f"{plan}: MFU {found['mfu']:.1%} of the data sheet's dense bf16 rate.")
     if "other" in record["variables"]:
-        notes.append(f"Attention of the other script: {record['attention_of_other']}.")
+        ours, other = record["attention_of_ours"], record["attention_of_other"]
+        notes.append(f"Attention of ours: {ours}. Of the other script: {other}.")
     return [*rows, "", *notes, PUBLISHED]
 
 

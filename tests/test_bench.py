@@ -111,7 +111,7 @@ def test_ours_against_ours_writes_a_table_and_all_that_it_came_from(dataset, tmp
         assert f"| {plan} | ours | {medians[0]:.2f} (" in page
         ratio = medians[1] / medians[0]
         assert f"{plan}: ours has {ratio:.3f} times the tokens/s" in page
-    assert "stand-in by scaled_dot_product_attention" in page
+    assert "Attention of ours: sdpa. Of the other script: stand-in by scaled_dot_prod" in page
     assert record["hardware"]["torch"] == torch.__version__
     assert "2/2 other" in capsys.readouterr().err
 
