@@ -638,22 +638,29 @@ class Runtime:
 
         return finish
 
-    def start_sum_parts(self, tensors: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-        """Start adding tensors of one shape over all ranks; each rank gets those of its `part`."""
+    def start_sum_parts(self, groups: list[list[Tensor]]) -> Callable[[], list[list[Tensor]]]:
+        """Start adding tensors over all ranks; each rank gets the sums of its `part` of each group.
+
+        All groups travel in one message: who clips by the norm waits for the last one anyway.
+        """
         if self.world_size == 1:
-            return lambda: tensors
-        part = self.part(len(tensors))
-        each, own = part.stop - part.start, len(tensors[part])
-        stack = tensors[0].new_zeros(self.world_size * each, *tensors[0].shape)
-        torch.stack(tuple(tensors), out=stack[: len(tensors)])
-        sums = torch.empty_like(stack[:each])
+            return lambda: groups
+        ranks = range(self.world_size)
+        parts = [[x for g in groups for x in g[self.part(len(g), rank)]] for rank in ranks]
+        sizes = [sum(x.numel() for x in part) for part in parts]
+        for part, size in zip(parts, sizes, strict=True):  # the first is the largest: pad the rest
+            part.append(groups[0][0].new_zeros(sizes[0] - size))
+        flat = torch.cat([x.reshape(-1) for part in parts for x in part])
+        sums = flat.new_empty(sizes[0])
         # torch 2.13 renamed this, and the one of `start_gather`; gloo has both.
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-        work = scatter(sums, stack, async_op=True)
+        work = scatter(sums, flat, async_op=True)
 
-        def finish() -> Sequence[Tensor]:
+        def finish() -> list[list[Tensor]]:
             work.wait()
-            return sums[:own].unbind()
+            pieces = iter(sums.split([x.numel() for x in parts[self.rank]]))
+            own = [g[self.part(len(g))] for g in groups]
+            return [[next(pieces).view_as(x) for x in group] for group in own]
 
         return finish
 
@@ -671,10 +678,10 @@ class Runtime:
 
         return finish
 
-    def part(self, count: int) -> slice:
-        """This rank's part of `count` items: equal parts, of which the last may be cut or empty."""
-        each = -(-count // self.world_size)
-        return slice(self.rank * each, (self.rank + 1) * each)
+    def part(self, count: int, rank: int | None = None) -> slice:
+        """A rank's part of `count` items, this one's if none is named: equal but for the last."""
+        rank, each = self.rank if rank is None else rank, -(-count // self.world_size)
+        return slice(rank * each, (rank + 1) * each)
 
     def agree_max(self, *values: float) -> list[float]:
         """The largest of each value over the ranks, so that all decide alike."""
@@ -1759,11 +1766,10 @@ class Muon(torch.optim.Optimizer):
 
         Then a parameter of this rank's part has the sum, and any other has no gradient.
         """
-        coming = [self.rt.start_sum_parts([p.grad for p in params]) for params in self.batches]
+        arrive = self.rt.start_sum_parts([[p.grad for p in params] for params in self.batches])
 
         def finish() -> None:
-            for params, arrive in zip(self.batches, coming, strict=True):
-                sums = arrive()
+            for params, sums in zip(self.batches, arrive(), strict=True):
                 for parameter in params:
                     parameter.grad = None
                 for parameter, total in zip(params[self.rt.part(len(params))], sums, strict=True):

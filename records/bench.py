@@ -503,7 +503,8 @@ def paper_optimizer(cfg: t.Config) -> list[str]:
         *wrap(
             "Matrices of one shape are cut into equal parts, so some ranks carry padding. Their "
             "gradients are summed where they are used (reduce-scatter), the few others everywhere "
-            "(all-reduce); updates travel in bf16 (all-gather) while the next shape is computed. "
+            "(all-reduce), two messages in all; updates travel in bf16 (all-gather), a message for "
+            "each shape, while the next shape is computed. "
             "A compiled backward hands out all gradients at its end: none can leave earlier."
         ),
         "",

@@ -188,7 +188,7 @@ def test_muon_on_several_ranks_equals_muon_on_one(rt, world_size):
         assert all(torch.equal(r[0][number], results[0][0][number]) for r in results)
 
 
-def test_all_messages_leave_before_any_is_waited_for_and_the_largest_leaves_first(rt):
+def test_all_updates_leave_before_any_is_waited_for_and_the_largest_leave_first(rt):
     """While the updates of one shape travel, those of the next are computed."""
     weights, grads = random_problem(steps=1)
     params = [torch.nn.Parameter(w) for w in weights]
@@ -198,25 +198,19 @@ def test_all_messages_leave_before_any_is_waited_for_and_the_largest_leaves_firs
         params, rt, lr=0.1, momentum=0.9, weight_decay=0.0, backend_steps=1, row_normalize=False
     )  # fmt: skip
 
-    def started(kind):
-        def start(tensors):
-            events.append(f"{kind} leaves {tuple(tensors[0].shape)}")
-            return lambda: events.append(f"{kind} arrives {tuple(tensors[0].shape)}") or tensors
-
-        return start
+    def started(update):
+        events.append(f"update leaves {tuple(update[0].shape)}")
+        return lambda: events.append(f"update arrives {tuple(update[0].shape)}") or update
 
     def orthogonalize(update, *args):
         events.append(f"computed {tuple(update[0].shape)}")
         return update
 
-    rt.start_sum_parts, rt.start_gather = started("sum"), started("update")
+    rt.start_gather = started
     muon.orthogonalize = orthogonalize
-    muon.reduce()()
     muon.step()
     order = [(8, 8), (16, 4), (4, 16)]  # 5, 3 and 1 matrices
-    expected = [f"sum leaves {shape}" for shape in order]
-    expected += [f"sum arrives {shape}" for shape in order]
-    expected += [f"{word} {shape}" for shape in order for word in ("computed", "update leaves")]
+    expected = [f"{word} {shape}" for shape in order for word in ("computed", "update leaves")]
     assert events == expected + [f"update arrives {shape}" for shape in order]
 
 

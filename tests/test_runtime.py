@@ -344,6 +344,7 @@ def test_on_one_rank_every_collective_gives_back_what_it_got(rt):
         rt.sum_(tensor)
         assert tensor.tolist() == [0, 1, 2]
         assert rt.start_gather(tensor)() is tensor
+        assert rt.start_sum_parts([[tensor], []])() == [[tensor], []]
         assert rt.agree_max(1.0, 2.0) == [1.0, 2.0]
         assert rt.from_main("x") == "x"
         assert outcome(rt, (0,)) == ("DataError", "rank 0")
