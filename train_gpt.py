@@ -32,7 +32,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -628,7 +628,7 @@ class Runtime:
             dtype = "bfloat16" if cuda else "float32"
         self.compute_dtype = getattr(torch, dtype)
         self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
-        self.budget = Budget(self.synchronize)
+        self.budget, self.created = Budget(self.synchronize), time.perf_counter()
 
     def __enter__(self) -> Runtime:
         if self.device.type == "cuda":
@@ -648,20 +648,69 @@ class Runtime:
 
     def sum_(self, *tensors: Tensor) -> None:
         """Add tensors of one dtype over all ranks, in place, in one message."""
-        if self.world_size > 1:
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            dist.all_reduce(flat)
+        self.start_sum(*tensors)()
+
+    # What starts a message returns a function that waits for it; a GPU waits without its host.
+
+    def start_sum(self, *tensors: Tensor) -> Callable[[], None]:
+        """Start `sum_`; the tensors have their sums when the function has returned."""
+        if self.world_size == 1:
+            return lambda: None
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        work = dist.all_reduce(flat, async_op=True)
+
+        def finish() -> None:
+            work.wait()
             totals = flat.split([t.numel() for t in tensors])
             for tensor, total in zip(tensors, totals, strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(n, ...) on each rank -> (world_size * n, ...), in order of ranks."""
+        return finish
+
+    def start_sum_parts(self, groups: list[list[Tensor]]) -> Callable[[], list[list[Tensor]]]:
+        """Start adding tensors over all ranks; each rank gets the sums of its `part` of each group.
+
+        All groups travel in one message: who clips by the norm waits for the last one anyway.
+        """
         if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+            return lambda: groups
+        ranks = range(self.world_size)
+        parts = [[x for g in groups for x in g[self.part(len(g), rank)]] for rank in ranks]
+        sizes = [sum(x.numel() for x in part) for part in parts]
+        for part, size in zip(parts, sizes, strict=True):  # the first is the largest: pad the rest
+            part.append(groups[0][0].new_zeros(sizes[0] - size))
+        flat = torch.cat([x.reshape(-1) for part in parts for x in part])
+        sums = flat.new_empty(sizes[0])
+        # torch 2.13 renamed this, and the one of `start_gather`; gloo has both.
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        work = scatter(sums, flat, async_op=True)
+
+        def finish() -> list[list[Tensor]]:
+            work.wait()
+            pieces = iter(sums.split([x.numel() for x in parts[self.rank]]))
+            own = [g[self.part(len(g))] for g in groups]
+            return [[next(pieces).view_as(x) for x in group] for group in own]
+
+        return finish
+
+    def start_gather(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start (n, ...) on each rank -> (world_size * n, ...), in order of ranks."""
+        if self.world_size == 1:
+            return lambda: tensor
+        whole = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        work = gather(whole, tensor.contiguous(), async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return whole
+
+        return finish
+
+    def part(self, count: int, rank: int | None = None) -> slice:
+        """A rank's part of `count` items, this one's if none is named: equal but for the last."""
+        rank, each = self.rank if rank is None else rank, -(-count // self.world_size)
+        return slice(rank * each, (rank + 1) * each)
 
     def agree_max(self, *values: float) -> list[float]:
         """The largest of each value over the ranks, so that all decide alike."""
@@ -696,9 +745,17 @@ class Runtime:
                 found.on_all_ranks = True
                 raise found
 
-    def compile(self, module: nn.Module) -> Callable:
-        """The module, compiled for static shapes where this run compiles."""
-        return torch.compile(module, dynamic=False, fullgraph=True) if self.compiles else module
+    def compile(self, function: Callable) -> Callable:
+        """A module or function, compiled for static shapes where this run compiles."""
+        if not self.compiles:
+            return function
+        # Each plan and shape, with gradients and without, is a graph; torch would stop at eight.
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    def compilations(self) -> int:
+        """Graphs that this process has compiled so far."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compiles else 0
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1694,7 +1751,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[nn.Paramet
 
 
 def newton_schulz(updates: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Push the singular values of matrices (..., rows, cols) towards 1; returns the same shape.
+    """Push the singular values of matrices (..., rows, cols) towards 1; same shape, in `dtype`.
 
     Five steps leave them between about 0.7 and 1.2, whatever their size was. Source: Jordan et al.
     2024, Muon, the quintic iteration X <- aX + (bA + cA^2)X with A = X X^T.
@@ -1707,16 +1764,15 @@ def newton_schulz(updates: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(updates.dtype)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, with decoupled weight decay.
 
-    Matrices of one shape are orthogonalised as one batch; each rank takes its part of the batch,
-    keeps the momentum of that part only, and gathers the updates of the others. Gradients must
-    already be averaged over ranks. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system
-    #1493).
+    Matrices of one shape travel and are orthogonalised as one batch. Each rank receives the sum of
+    its part of the gradients, keeps the momentum of that part only, and sends its updates to the
+    others. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system #1493).
     """
 
     def __init__(
@@ -1732,27 +1788,53 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.rt, self.backend_steps, self.row_normalize = rt, backend_steps, row_normalize
+        self.orthogonalize = rt.compile(newton_schulz)
+        by_shape = collections.defaultdict(list)
+        for parameter in self.param_groups[0]["params"]:
+            by_shape[parameter.shape].append(parameter)
+        # The largest first: only the message of the last batch has nothing to hide behind.
+        self.batches = sorted(by_shape.values(), key=lambda p: -len(p) * p[0].numel())
+
+    def reduce(self) -> Callable[[], None]:
+        """Start adding the gradients over the ranks; the function that comes back waits.
+
+        Then a parameter of this rank's part has the sum, and any other has no gradient.
+        """
+        arrive = self.rt.start_sum_parts([[p.grad for p in params] for params in self.batches])
+
+        def finish() -> None:
+            for params, sums in zip(self.batches, arrive(), strict=True):
+                for parameter in params:
+                    parameter.grad = None
+                for parameter, total in zip(params[self.rt.part(len(params))], sums, strict=True):
+                    parameter.grad = total
+
+        return finish
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change the parameters in place."""
-        for group in self.param_groups:
-            by_shape = collections.defaultdict(list)
-            for parameter in group["params"]:
-                by_shape[parameter.shape].append(parameter)
-            for (rows, cols), params in by_shape.items():
-                update = self.orthogonal_update(params, group["momentum"])
-                scale = math.sqrt(max(1.0, rows / cols))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)
+        """Change the parameters in place, by the gradients of this rank's part and the others'.
+
+        The updates of one shape travel while those of the next are computed; in the type of the
+        activations, as Newton-Schulz made them: sending float32 would double the bytes for nothing.
+        """
+        (group,) = self.param_groups
+        coming = [
+            self.rt.start_gather(self.orthogonal_update(params, group["momentum"]))
+            for params in self.batches
+        ]
+        for params, arrive in zip(self.batches, coming, strict=True):
+            update = arrive()[: len(params)].to(params[0].dtype)
+            rows, cols = params[0].shape
+            scale = math.sqrt(max(1.0, rows / cols))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)
 
     def orthogonal_update(self, params: list[nn.Parameter], momentum: float) -> Tensor:
-        """(len(params), rows, cols): this rank's part computed, the other parts gathered."""
-        part = -(
-            -len(params) // self.rt.world_size
-        )  # equal parts: the last ones are padded with zeros
-        mine = params[self.rt.rank * part : (self.rt.rank + 1) * part]
-        grads = torch.zeros((part, *params[0].shape), device=params[0].device)
+        """(part, rows, cols): the updates of this rank's part, padded to one size by zeros."""
+        part = self.rt.part(len(params))
+        mine = params[part]
+        grads = torch.zeros((part.stop - part.start, *params[0].shape), device=params[0].device)
         if mine:
             torch.stack([p.grad for p in mine], out=grads[: len(mine)])
         state = self.state[params[0]]
@@ -1762,8 +1844,7 @@ class Muon(torch.optim.Optimizer):
         update = grads.add_(average, alpha=momentum)  # Nesterov
         if self.row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        update = newton_schulz(update, self.backend_steps, self.rt.compute_dtype)
-        return self.rt.gather(update)[: len(params)]
+        return self.orthogonalize(update, self.backend_steps, self.rt.compute_dtype)
 
 
 def make_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
@@ -1914,17 +1995,40 @@ def train_step(
 def apply_gradients(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
 ) -> None:
-    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
+
+    A compiled backward hands out all gradients at its end: nothing could leave earlier. Muon takes
+    parts of the sums: 255 MB sent by each of 8 ranks, not 402 (records/profile.md).
+    """
+    optimizers, params = list(optimizers), [p for p in model.parameters() if p.requires_grad]
     for parameter in params:
         if parameter.grad is None:  # this rank had no text
             parameter.grad = torch.zeros_like(parameter)
-    rt.sum_(*(p.grad for p in params))
+    muons = [o for o in optimizers if isinstance(o, Muon)]
+    apart = {p for muon in muons for p in muon.param_groups[0]["params"]}
+    coming = [rt.start_sum(*(p.grad for p in params if p not in apart))]
+    coming += [muon.reduce() for muon in muons]
+    for arrive in coming:
+        arrive()
     if clip_norm:
-        nn.utils.clip_grad_norm_(params, clip_norm)
+        nn.utils.clip_grads_with_norm_(params, clip_norm, global_norm(params, apart, rt))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def global_norm(params: Sequence[nn.Parameter], apart: Set[nn.Parameter], rt: Runtime) -> Tensor:
+    """The norm of all gradients together, a scalar tensor, the same on every rank.
+
+    Those `apart` lie on one rank each; the others lie on all, and rank 0 alone counts them.
+    """
+    mine = [p for p in params if p.grad is not None and (p in apart or rt.is_main)]
+    grads = [p.grad for p in mine]
+    norms = dict(zip(mine, torch._foreach_norm(grads) if grads else grads, strict=True))
+    nothing = params[0].new_zeros(())
+    each = torch.stack([norms.get(p, nothing) for p in params])
+    rt.sum_(each)  # each norm and the zeros of other ranks: no digit depends on who had it
+    return torch.linalg.vector_norm(each)
 
 
 def set_schedule(
@@ -1973,13 +2077,23 @@ def warm_up(
 class StepLog:
     """Writes the training lines: loss, time, throughput, and model-FLOP utilisation.
 
-    Attributes: curve, the losses that were logged; durations, seconds of each step by depth plan.
+    Attributes: curve, the losses that were logged; durations, seconds of each step by depth plan;
+    waited, seconds from the start of Runtime to the first step.
     """
 
     def __init__(self, model: GPT, cfg: Config, rt: Runtime, log: Log):
         self.model, self.cfg, self.rt, self.log = model, cfg, rt, log
         self.show, self.curve = log.progress("train"), []
         self.durations, self.begun = collections.defaultdict(list), None
+        self.compiled, self.waited = rt.compilations(), time.perf_counter() - rt.created
+        log.line(f"time_to_first_step: {self.waited:.1f}s")
+
+    @contextlib.contextmanager
+    def off_the_clock(self):
+        """What is compiled inside the block is not compiled while the clock of training runs."""
+        before = self.rt.compilations()
+        yield
+        self.compiled += self.rt.compilations() - before
 
     def begin(self, seconds: float, plan: DepthPlan) -> None:
         """A step begins, or training ends, at this time on the training clock."""
@@ -2013,7 +2127,9 @@ class StepLog:
         return f"mfu: {speed / peak:.3f}" if peak else f"tflops: {speed / 1e12:.3f}"
 
     def close(self) -> None:
-        """Say how long a step took in each depth plan, and keep the facts."""
+        """Say what was compiled too late and how long the steps took; keep the facts."""
+        compiled = self.rt.compilations() - self.compiled
+        self.log.line(f"compilations after the clock started: {compiled}")
         medians = {
             f"{len(plan.visits)}_visits{'_rounded' * bool(plan.fake_bits)}": round(
                 1e3 * float(np.median(times)), 3
@@ -2021,7 +2137,12 @@ class StepLog:
             for plan, times in self.durations.items()
         }
         self.log.line("step_ms " + " ".join(f"{key}:{value}" for key, value in medians.items()))
-        self.log.put(curve=self.curve, step_ms=medians)
+        self.log.put(
+            curve=self.curve,
+            step_ms=medians,
+            compilations_after_start=compiled,
+            time_to_first_step_seconds=round(self.waited, 3),
+        )
 
 
 def due_plan(
@@ -2073,7 +2194,8 @@ def train(
                 report.begin(seconds, plan)
                 break
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
-                validate(plan, f"{step}/{cfg.iterations}")
+                with report.off_the_clock():
+                    validate(plan, f"{step}/{cfg.iterations}")
             plan = due_plan(plan, looped, step, frac, cfg, log)
             report.begin(seconds, plan)
             rates = set_schedule(optimizers, step, frac, cfg)

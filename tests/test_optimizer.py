@@ -66,14 +66,13 @@ def test_a_batch_is_orthogonalised_as_its_matrices_one_by_one(shape):
 
 
 def test_zeros_stay_zeros_and_the_input_is_not_changed():
-    assert torch.equal(
-        t.newton_schulz(torch.zeros(2, 3, 4), 5, torch.bfloat16), torch.zeros(2, 3, 4)
-    )
+    zeros = torch.zeros(2, 3, 4)
+    assert torch.equal(t.newton_schulz(zeros, 5, torch.bfloat16), zeros.bfloat16())
     batch = matrices(2, 6, 4)
     kept = batch.clone()
     out = t.newton_schulz(batch, 5, torch.bfloat16)
     assert torch.equal(batch, kept)
-    assert out.dtype == torch.float32
+    assert out.dtype == torch.bfloat16
     precise = t.newton_schulz(batch, 5, torch.float64)
     assert 0 < (out - precise).abs().max() < 0.05  # rounded, but the same
 
@@ -120,7 +119,8 @@ def run_muon(rt, row_normalize, dtype=torch.float32):
     )  # fmt: skip
     for step in grads:
         for parameter, grad in zip(params, step, strict=True):
-            parameter.grad = grad.clone()
+            parameter.grad = grad / rt.world_size
+        muon.reduce()()
         muon.step()
     kept = sum(len(state["momentum"]) for state in muon.state.values())
     return [p.detach() for p in params], kept
@@ -186,6 +186,43 @@ def test_muon_on_several_ranks_equals_muon_on_one(rt, world_size):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     for number in range(len(alone)):  # among themselves to the last bit, or they drift apart
         assert all(torch.equal(r[0][number], results[0][0][number]) for r in results)
+
+
+def test_all_updates_leave_before_any_is_waited_for_and_the_largest_leave_first(rt):
+    """While the updates of one shape travel, those of the next are computed."""
+    weights, grads = random_problem(steps=1)
+    params = [torch.nn.Parameter(w) for w in weights]
+    for parameter, grad in zip(params, grads[0], strict=True):
+        parameter.grad = grad
+    events, muon = [], Muon(
+        params, rt, lr=0.1, momentum=0.9, weight_decay=0.0, backend_steps=1, row_normalize=False
+    )  # fmt: skip
+
+    def started(update):
+        events.append(f"update leaves {tuple(update[0].shape)}")
+        return lambda: events.append(f"update arrives {tuple(update[0].shape)}") or update
+
+    def orthogonalize(update, *args):
+        events.append(f"computed {tuple(update[0].shape)}")
+        return update
+
+    rt.start_gather = started
+    muon.orthogonalize = orthogonalize
+    muon.step()
+    order = [(8, 8), (16, 4), (4, 16)]  # 5, 3 and 1 matrices
+    expected = [f"{word} {shape}" for shape in order for word in ("computed", "update leaves")]
+    assert events == expected + [f"update arrives {shape}" for shape in order]
+
+
+def test_the_norm_of_all_gradients_has_the_digits_of_torch(rt):
+    weights, grads = random_problem(steps=1)
+    params = [torch.nn.Parameter(w) for w in weights]
+    for parameter, grad in zip(params, grads[0], strict=True):
+        parameter.grad = grad
+    expected = torch.nn.utils.get_total_norm(grads[0])
+    assert torch.equal(t.global_norm(params, set(params[:4]), rt), expected)
+    params[2].grad[1, 1] = math.nan
+    assert t.global_norm(params, set(), rt).isnan()
 
 
 # --- who optimizes what ---

@@ -296,7 +296,7 @@ def meet(rt):
     transposed = torch.arange(6.0).view(2, 3).mul(rank + 1).T
     kept = a, b, transposed
     rt.sum_(a, b, c, transposed)
-    gathered = rt.gather(torch.tensor([[rank, rank], [7, 7]]).T)
+    gathered = rt.start_gather(torch.tensor([[rank, rank], [7, 7]]).T)()
     return dict(
         sums=[x.tolist() for x in kept],
         gathered=gathered.tolist(),
@@ -344,7 +344,8 @@ def test_on_one_rank_every_collective_gives_back_what_it_got(rt):
         tensor = torch.arange(3.0)
         rt.sum_(tensor)
         assert tensor.tolist() == [0, 1, 2]
-        assert rt.gather(tensor) is tensor
+        assert rt.start_gather(tensor)() is tensor
+        assert rt.start_sum_parts([[tensor], []])() == [[tensor], []]
         assert rt.agree_max(1.0, 2.0) == [1.0, 2.0]
         assert rt.from_main("x") == "x"
         assert outcome(rt, (0,)) == ("DataError", "rank 0")

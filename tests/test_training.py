@@ -1,11 +1,15 @@
 """Section 6: steps, schedules, the average, warm-up that leaves no trace, and the end of a run."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
+from conftest import gloo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
 
@@ -64,6 +68,137 @@ def test_a_step_is_one_adam_and_muon_step_on_the_clipped_mean_gradient(tiny_cfg,
     step = cfg.scalar_lr * gate / (gate.abs() + cfg.adam_eps)
     expected = twin.skip_gates.data * (1 - cfg.scalar_lr * cfg.adam_wd) - step
     torch.testing.assert_close(model.skip_gates.data, expected, rtol=1e-3, atol=1e-6)
+
+
+def some_steps(rt, cfg, folder):
+    """The losses and weights of three steps, some gradients of which are clipped hard."""
+    loader = t.Loader(
+        t.find_shards(folder, "train"), seq_len=cfg.train_seq_len, vocab_size=cfg.vocab_size, seed=1
+    )
+    model, losses = fresh(cfg), []
+    optimizers = t.make_optimizers(model, cfg, rt)
+    with contextlib.closing(loader.batches(rt, 8)) as batches:
+        for step in range(3):
+            t.set_schedule(optimizers, step, 0.0, cfg)
+            plan = t.depth_plan(cfg, looped=step > 0)
+            loss = t.train_step(model, next(batches), plan, model, optimizers, cfg, rt)
+            rt.sum_(loss)
+            losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_two_ranks_take_the_steps_of_one(tiny_cfg, dataset, rt):
+    cfg = dataclasses.replace(tiny_cfg, num_layers=6, grad_clip_norm=0.05)
+    alone, weights = some_steps(rt, cfg, dataset)
+    results = gloo(2, some_steps, cfg, dataset)
+    for losses, theirs in results:
+        assert losses == pytest.approx(alone, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=2e-4)
+            assert torch.equal(theirs[name], results[0][1][name]), "or the ranks drift apart"
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which a host waits for its device, by the step they are in."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.startswith(self.WAITS):
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_between_log_lines_waits_for_the_loss_of_the_one_before_and_nothing_else(
+    tiny_cfg, rt, loader, silent_log
+):
+    cfg, waits = dataclasses.replace(tiny_cfg, iterations=12, train_log_every=100), []
+    model, copies = fresh(cfg), []
+
+    def forward(tokens, targets, plan):
+        waits.append(list(reads.found))
+        reads.found.clear()
+        return model(tokens, targets, plan=plan)
+
+    with pytest.MonkeyPatch.context() as patch, Reads() as reads:
+        for name in ("tolist", "numpy", "cpu"):  # the other ways to the host
+            patch.setattr(torch.Tensor, name, lambda *args, name=name: copies.append(name))
+        t.train(forward, model, loader, lambda *a: None, cfg, rt, silent_log)
+    per_step = [sum(waits[n : n + 2], []) for n in range(1, len(waits), 2)]
+    assert cfg.micro_batches(1) == 2
+    assert per_step[6:11] == [["_local_scalar_dense"]] * 5
+    assert copies == []
+
+
+# --- compilation ---
+
+
+def train_compiled(cfg, rt, loader, log, monkeypatch, validate=lambda *a: None):
+    """Train with graphs but without their code, after the warm-up that the settings ask for."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    rt.compiles, model = True, fresh(cfg)
+    forward = rt.compile(model)
+    t.warm_up(forward, model, loader, cfg, rt, log)
+    before = rt.compilations()
+    t.train(forward, model, loader, lambda plan, prefix: validate(forward, plan), cfg, rt, log)
+    torch._dynamo.reset()
+    return before
+
+
+def test_a_run_may_need_more_graphs_than_torch_allows_by_default(rt, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    rt.compiles = True
+    double, before = rt.compile(lambda x: x + x), rt.compilations()
+    for length in range(1, 13):
+        assert torch.equal(double(torch.ones(length)), torch.full((length,), 2.0))
+    assert rt.compilations() - before == 12
+    torch._dynamo.reset()
+
+
+def small(cfg, **changes):
+    """Two layers, one of them looped, and rounded training at the end: four depth plans."""
+    few = dict(num_layers=2, loop_start=1, loop_end=1, num_loops=1, parallel_residual_start=1)
+    few |= dict(iterations=8, enable_looping_at=0.4, late_qat_threshold=0.5)
+    return dataclasses.replace(cfg, **few, **changes)
+
+
+def test_warm_up_compiles_all_that_training_runs(tiny_cfg, rt, loader, tmp_path, monkeypatch):
+    scored = []
+
+    def validate(forward, plan):  # off the clock, so what it compiles is not counted
+        with torch.no_grad():
+            scored.append(forward(torch.zeros(1, 16, dtype=torch.int64), plan=plan))
+
+    with t.Log(str(tmp_path), "warm") as log:
+        cfg = small(tiny_cfg, val_loss_every=4)
+        before = train_compiled(cfg, rt, loader, log, monkeypatch, validate)
+        shapes = {p.shape for p in t.parameter_groups(fresh(cfg), cfg)["matrix"]}
+        assert before >= 4 + len(shapes), "the plans, and Newton-Schulz for each shape"
+        assert rt.compilations() > before
+    assert len(scored) == 1
+    lines = (tmp_path / "warm.txt").read_text().splitlines()
+    assert "compilations after the clock started: 0" in lines
+    assert log.record["compilations_after_start"] == 0
+    seconds = log.record["time_to_first_step_seconds"]
+    assert f"time_to_first_step: {seconds:.1f}s" in lines
+    assert 0 < seconds < t.time.perf_counter() - rt.created
+
+
+def test_what_is_compiled_after_the_clock_started_is_counted(
+    tiny_cfg, rt, loader, tmp_path, monkeypatch
+):
+    with t.Log(str(tmp_path), "cold") as log:
+        before = train_compiled(small(tiny_cfg, warmup_steps=0), rt, loader, log, monkeypatch)
+    late = log.record["compilations_after_start"]
+    assert late == rt.compilations() - before >= 3
+    assert f"compilations after the clock started: {late}" in (tmp_path / "cold.txt").read_text()
 
 
 def test_micro_batches_change_a_step_only_by_rounding(tiny_cfg, rt, loader):
