@@ -40,7 +40,7 @@ from runs import (
     read_json,
 )
 
-from train_gpt import Config, atomic_write
+from train_gpt import SMOKE, Config, atomic_write
 
 ROOT = RECORDS.parent
 OWN = ("SEED", "RUN_ID", "LOG_DIR")  # the loop over the seeds sets them
@@ -57,6 +57,7 @@ def chosen_variables(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     Raises: RecordError or ConfigError that lists all that cannot be used.
     """
     given = read_command(args.source / "command.sh") if args.source else {}
+    given |= {name: str(args.source / given[name]) for name in PLACES if given.get(name)}
     problems = []
     for pair in args.variables:
         name, equals, value = pair.partition("=")
@@ -69,7 +70,9 @@ def chosen_variables(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     cfg = Config.from_env({**given, "WORLD_SIZE": str(args.nproc)}, cuda=True)
     if cfg.warnings:
         raise RecordError("\n".join(cfg.warnings))
-    if "DATA_PATH" not in given:
+    if "DATA_PATH" not in given and cfg.smoke == "1":
+        given |= {name: SMOKE[name.lower()] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    elif "DATA_PATH" not in given:
         given.setdefault("DATA_DIR", str(ROOT / "data"))
     for name in PLACES:
         if given.get(name):
@@ -262,6 +265,11 @@ def index(args: argparse.Namespace) -> int:
     return int(text != again)
 
 
+def seed_list(text: str) -> list[int]:
+    """`42,314,999` as numbers."""
+    return [int(word) for word in text.split(",")]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -275,7 +283,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.add_argument("--track", choices=TRACKS, default=RECORD_TRACK)
     sub.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="its command.sh")
     sub.add_argument("--nproc", type=int, default=8, help="processes of a run (default 8)")
-    sub.add_argument("--seeds", type=int, nargs="+", default=[42, 314, 999])
+    sub.add_argument("--seeds", type=seed_list, default=[42, 314, 999], metavar="N,N,...")
     sub.add_argument("--no-pack", action="store_true", help="ship the readable source itself")
     sub = commands.add_parser("finish", help="write README.md, submission.json and pictures")
     sub.set_defaults(job=finish)
@@ -290,7 +298,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub = commands.add_parser("index", help="write the tables of records/README.md")
     sub.set_defaults(job=index)
     sub.add_argument("--check", action="store_true", help="only say whether they are up to date")
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.job is not new or any(word.startswith("-") for word in rest):
+        args = parser.parse_args(argv)  # which says what is wrong
+    else:
+        args.variables += rest  # those that stand behind an option
+    return args
 
 
 def main(argv: Sequence[str]) -> int:
