@@ -158,8 +158,9 @@ def finish(args: argparse.Namespace) -> int:
     kept = page.hand_text(readme.read_text(encoding="utf-8")) if readme.is_file() else ""
     text = page.make_readme(folder, runs, submission, kept or said["blurb"])
     for run in runs:
-        for source in run.path.parent.glob(f"{run.name}.*"):
-            if source.suffix in (".json", ".txt") and source.parent != folder:
+        for suffix in (".json", ".txt", ".audit.json"):
+            source = run.path.with_suffix(suffix)
+            if source.is_file() and source.parent != folder:
                 shutil.copyfile(source, folder / source.name)
     draw_pictures(runs, folder)
     atomic_write(folder / "submission.json", page.to_json(submission))

@@ -31,13 +31,13 @@ from train_gpt import Budget
 BY_HAND = ("author", "github_id", "blurb", "comparison_baseline_path")
 HAND_HEADING, NEXT_HEADING = "## What it is", "## Command"
 PARTS = {"training": Budget.TRAINING, "evaluation": Budget.EVALUATION}
-PICTURES = {
-    "loss.png": "Training loss over time, one line per seed.",
+PICTURES = {  # name of the file: caption
+    "loss.png": "Training loss over time, one line for each seed.",
     "stages.png": "Bits per byte by stage, mean of the seeds.",
-    "bytes.png": "Bytes against the limit, largest seed; groups of tensors by the order-0 entropy "
-    "of their codes and their scales, scaled so that they add up to the artifact's literal bytes.",
-    "time.png": "Time by phase against both limits, slowest seed.",
+    "bytes.png": "Bytes against the limit, largest seed.",
+    "time.png": "Seconds by phase against both limits, slowest seed.",
 }
+GROUPS = "Groups of tensors: order-0 entropy of codes, and scales, scaled to the artifact's bytes."
 
 
 def seed_facts(run: Run) -> dict[str, Any]:
@@ -119,8 +119,7 @@ def results_table(submission: Mapping[str, Any]) -> list[str]:
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         ("steps", "steps", "{:,.0f}".format),
         *((key, name, "{:.8f}".format) for key, name in shown),
-        ("val_bpb", "result [bpb]", "{:.8f}".format),
-        ("val_loss", "result [nats per token]", "{:.8f}".format),
+        ("val_loss", "nats per token", "{:.8f}".format),
         ("bytes_total", "code and artifact [bytes]", "{:,.0f}".format),
     ]
     rows = [[seed, *(f(facts[key]) for key, _, f in columns)] for seed, facts in seeds.items()]
@@ -237,6 +236,8 @@ def make_readme(
         "",
         *results_table(submission),
         "",
+        "Bits per byte by stage, of which the last is the result; its nats per token.",
+        "",
         "## Claim",
         "",
         *claim_lines(submission, data["val_tokens"], data["val_bytes"]),
@@ -260,7 +261,9 @@ def make_readme(
         "",
     ]
     for name, caption in PICTURES.items():
-        lines += [f"![{caption}]({name})", "", caption, ""]
+        lines += [f"![{caption}]({name})", ""]
+    lines.append(GROUPS if facts.get("storage") else "Bytes by group of tensors: not recorded.")
+    lines.append("")
     return "\n".join(lines)
 
 

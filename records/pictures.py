@@ -110,9 +110,9 @@ def draw_time(runs: Sequence[Run], path: Path) -> None:
                 axes.barh(row, seconds, left=begin, height=0.5, edgecolor="white", label=label)
                 begin += seconds
         limit = budget[part]["limit"] or LIMIT_SECONDS
-        axes.plot([limit] * 2, [row - 0.4, row + 0.4], color=UP, linestyle="--")
-        axes.text(limit, row - 0.42, f"limit {limit:g}", color=UP, ha="center", fontsize=9)
-        axes.text(begin, row + 0.4, f"{begin:.1f}", ha="center", fontsize=9)
+        axes.plot([limit] * 2, [row - 0.32, row + 0.32], color=UP, linestyle="--")
+        axes.text(limit, row - 0.36, f"limit {limit:g}", color=UP, ha="center", fontsize=9)
+        axes.text(begin, row + 0.45, f"{begin:.1f}", ha="center", fontsize=9)
     axes.set_yticks(range(len(parts)), list(parts))
     axes.set_ylim(1.7, -0.7)
     axes.set_xlabel("seconds")

@@ -80,8 +80,8 @@ class Run:
     @classmethod
     def read(cls, path: Path) -> Run:
         """A run by its JSON; log and audit lie beside it. Raises RecordError if it did not end."""
-        facts, log, audit = read_json(path), path.with_suffix(".txt"), path.with_suffix(".audit")
-        audit = audit.with_name(audit.name + ".json")
+        facts = read_json(path)
+        log, audit = path.with_suffix(".txt"), path.with_suffix(".audit.json")
         for key in ("config", "code", "data", "stages", "budget", "result"):
             if not isinstance(facts.get(key), dict):
                 why = facts.get("error", "the run did not end")
@@ -138,24 +138,26 @@ class Run:
         return max(budget[part]["seconds"], booked + budget.get("unbooked_seconds", 0.0))
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """The runs of a record by seed: those under runs/, or the copies beside its README.
+def find_runs(folder: Path, *, copies: bool = False) -> list[Run]:
+    """The runs of a record by seed: those under runs/, else the copies beside its README.
 
-    Raises: RecordError if there is none, one did not end, or two have one seed.
+    Args:
+        copies: look only at the copies.
+    Raises: RecordError if there is none, one did not end, or one has another seed than its name.
     """
-    places = folder.glob("runs/*/*.json"), folder.glob("seed*.json")
-    for paths in places:
-        found = [Run.read(p) for p in sorted(paths) if not p.name.endswith(".audit.json")]
-        seeds: dict[int, Run] = {}
-        for run in found:
-            if run.seed in seeds:
-                raise RecordError(
-                    f"{run.path}: seed {run.seed} is also in {seeds[run.seed].path}; keep one"
-                )
-            seeds[run.seed] = run
-        if seeds:
-            return [seeds[seed] for seed in sorted(seeds)]
-    raise RecordError(f"{folder}: no run there, expected runs/seed<N>/seed<N>.json; run the seeds")
+    found = [] if copies else [p for p in folder.glob("runs/*/*.json") if p.stem == p.parent.name]
+    found = [Run.read(p) for p in found or folder.glob("seed*.json") if ".audit." not in p.name]
+    for run in found:
+        if run.name != f"seed{run.seed}":
+            raise RecordError(
+                f"{run.path}: a run of seed {run.seed}, expected it as seed{run.seed}; set RUN_ID "
+                "and LOG_DIR as the loop over the seeds does"
+            )
+    if not found:
+        raise RecordError(
+            f"{folder}: no run there, expected runs/seed<N>/seed<N>.json; run the seeds"
+        )
+    return sorted(found, key=lambda run: run.seed)
 
 
 # --- statistics ---
@@ -312,10 +314,10 @@ def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
         return found | dict(claim=False, claim_reason="no predecessor was named")
     against, reasons = [], []
     found |= dict(comparison_baseline=old.name, comparison_baseline_n=old.bpb.n)
-    found |= dict(comparison_baseline_bpb=old.bpb.mean, comparison_baseline_std=old.bpb.std)
     if old.bpb.mean is None:
-        reason = f"{old.name} records no score"
-        return found | dict(claim=False, claim_reason=reason)
+        return found | dict(claim=False, claim_reason=f"{old.name} records no score")
+    found |= dict(comparison_baseline_bpb=round(old.bpb.mean, 8))
+    found |= dict(comparison_baseline_std=old.bpb.std and round(old.bpb.std, 8))
     better = old.bpb.mean - new.mean
     nats = better * math.log(2) * size / tokens
     found |= dict(delta_bpb=round(-better, 8), delta_nats=round(-nats, 8))

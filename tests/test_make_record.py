@@ -270,17 +270,19 @@ def test_finish_refuses_a_run_that_is_marked_invalid(tmp_path, capsys):
     assert not (folder / "submission.json").exists()
 
 
-def test_finish_refuses_an_unfinished_run_and_two_runs_of_a_seed(tmp_path, capsys):
+def test_finish_refuses_an_unfinished_run_and_a_run_under_the_name_of_another(tmp_path, capsys):
     folder = record(tmp_path)
-    shutil.copytree(folder / "runs" / "seed42", folder / "runs" / "again")
-    assert finish(folder) == 2
-    assert "seed 42 is also in" in capsys.readouterr().err
-    path = folder / "runs" / "again" / "seed42.json"
-    facts = json.loads(path.read_text())
+    path = folder / "runs" / "seed42" / "seed42.json"
+    whole = path.read_text()
+    facts = json.loads(whole)
     del facts["result"]
     path.write_text(json.dumps(facts | {"error": "KeyboardInterrupt: "}))
     assert finish(folder) == 2
     assert "no result (KeyboardInterrupt: )" in capsys.readouterr().err
+    path.write_text(whole.replace('"seed": 42', '"seed": 43'))
+    assert finish(folder) == 2
+    assert "seed42.json: a run of seed 43, expected it as seed43" in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
 
 
 # --- faults that the linter must find ---
