@@ -75,8 +75,6 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> Record:
         """Raises: RecordError if the runs cannot be read at all."""
-        if not folder.is_dir():
-            raise RecordError(f"{folder}: no such folder; expected records/<track>/<date>_<Name>")
         readme, submission = folder / "README.md", folder / "submission.json"
         finished = any(folder.glob("seed*.json"))
         return cls(

@@ -373,6 +373,10 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         lambda f: both(f, "seed42", lambda r: r["curve"][7].update(train_loss=1.0)),
         {"logs": "train_loss: 1.0000"},
     ),
+    "an edited time of a step": (
+        lambda f: both(f, "seed42", lambda r: r["step_ms"].update({"11_visits": 90.0})),
+        {"logs": "11_visits:90.0"},
+    ),
     "an edited log": (
         lambda f: edit_both_logs(f, "val_bpb:2.45559838", "val_bpb:2.00000000"),
         {"logs": "seed314.json says 'quantized val_loss:"},
@@ -380,6 +384,22 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     "a missing log": (
         lambda f: (f / "seed999.txt").unlink(),
         {"files": "seed999.txt is missing", "logs": "seed999.txt is missing"},
+    ),
+    "a submission.json that is missing": (
+        lambda f: (f / "submission.json").unlink(),
+        {"files": "submission.json is missing"},
+    ),
+    "a program that is missing": (
+        lambda f: (f / "train_gpt.py").unlink(),
+        {"files": "train_gpt.py is missing"},
+    ),
+    "a page and a command that are missing": (
+        lambda f: ((f / "README.md").unlink(), (f / "command.sh").unlink()),
+        {"files": "README.md is missing\ncommand.sh is missing"},
+    ),
+    "a seed that is left out": (
+        lambda f: (f / "seed42.json").unlink(),
+        {"figures": "submission.json: seeds is [42, 314, 999], the runs say [314, 999]"},
     ),
     "a copy that is not what the run left": (
         lambda f: edit(f / "seed42.json", lambda r: r["baselines"].clear()),
@@ -540,6 +560,12 @@ def test_the_record_track_is_for_eight_h100_and_the_whole_text(tmp_path, monkeyp
     assert set(found) == {"settings", "data"}
     assert "ran on 1xAMD EPYC, track_10min_16mb is for 8xH100" in found["settings"]
     assert "VAL_TOKENS=110336" in found["data"]
+
+
+def test_a_command_may_use_the_other_name_of_a_setting(tmp_path, monkeypatch):
+    folder = record(tmp_path)
+    replace(folder / "command.sh", EXPORT, EXPORT + "export GPTQ_CALIB_BATCHES=64\n")
+    assert faults(quickly(folder, monkeypatch)) == {}
 
 
 def test_an_older_json_is_told_what_it_does_not_record(tmp_path, monkeypatch):
