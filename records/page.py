@@ -37,7 +37,10 @@ PICTURES = {  # name of the file: caption
     "bytes.png": "Bytes against the limit, largest seed.",
     "time.png": "Seconds by phase against both limits, slowest seed.",
 }
-GROUPS = "Groups of tensors: order-0 entropy of codes, and scales, scaled to the artifact's bytes."
+GROUPS = (
+    "Bytes by group of tensors: the order-0 entropy of their codes, and their scales, scaled so that "
+    "all groups together are the artifact's bytes on disk."
+)
 
 
 def seed_facts(run: Run) -> dict[str, Any]:
@@ -176,7 +179,8 @@ def budget_table(runs: Sequence[Run]) -> list[str]:
             of = f"of {limit:g}" if limit else "without a limit"
             cells.append(f"{run.seconds(part, names):.1f} {of}")
         for key in ("unbooked_seconds", "wall_seconds"):
-            cells.append(f"{budget[key]:.1f}" if key in budget else "not recorded")
+            seconds = round(budget[key], 1) + 0.0 if key in budget else None  # never -0.0
+            cells.append("not recorded" if seconds is None else f"{seconds:.1f}")
         verdict = run.audit["verdict"] if run.audit else "missing"
         rows.append([*cells, verdict])
     names = ["training [s]", "evaluation [s]", "of these unbooked [s]", "whole run [s]", "audit"]

@@ -15,6 +15,7 @@ from runs import LIMIT_BYTES, LIMIT_SECONDS, STAGES, Run  # noqa: E402
 
 from train_gpt import Budget  # noqa: E402
 
+SMALL_PART = 0.01  # groups of fewer bytes share a row
 UP, DOWN, WHOLE, LIMIT = "#c44e52", "#55a868", "#4c72b0", "#222222"
 
 
@@ -67,28 +68,38 @@ def draw_waterfall(runs: Sequence[Run], path: Path) -> None:
     save(figure, path)
 
 
-def draw_bytes(run: Run, path: Path) -> None:
-    """Bytes of code and of each tensor group against the limit.
+def group_bytes(run: Run) -> dict[str, float]:
+    """Bytes of the artifact by group of tensors, largest first; small groups are added up.
 
-    The entropies of the groups are scaled so that they add up to the artifact's literal bytes.
+    Entropies are scaled so that the groups add up to the artifact's literal bytes.
     """
-    result = run.result
     groups: dict[str, float] = {}
     for entry in run.facts.get("storage") or []:
-        groups[entry["group"]] = groups.get(entry["group"], 0) + entry["entropy_bytes"]
-    whole = sum(groups.values())
-    artifact, code = result["artifact_bytes"], result["code_bytes"]
-    parts = {name: part * artifact / whole for name, part in groups.items() if whole}
-    rows = {"code": code, **(parts or {"artifact": artifact}), "total": code + artifact}
+        name = entry["group"].removeprefix("blocks.*.").removesuffix(".weight")
+        groups[name] = groups.get(name, 0) + entry["entropy_bytes"]
+    whole, artifact = sum(groups.values()), run.result["artifact_bytes"]
+    if not whole:
+        return {"artifact": artifact}
+    small = [name for name, part in groups.items() if part < SMALL_PART * whole]
+    if len(small) > 1:
+        groups[f"{len(small)} small groups"] = sum(groups.pop(name) for name in small)
+    ordered = sorted(groups, key=lambda name: groups[name], reverse=True)
+    return {name: groups[name] * artifact / whole for name in ordered}
+
+
+def draw_bytes(run: Run, path: Path) -> None:
+    """Bytes of code and of each tensor group against the limit."""
+    total = run.result["total_bytes"]
+    rows = {**group_bytes(run), "code": run.result["code_bytes"], "total": total}
     figure, axes = canvas(f"bytes, seed {run.seed}", 1.2 + 0.32 * len(rows))
     for place, (name, size) in enumerate(rows.items()):
         axes.barh(place, size, color=LIMIT if name == "total" else WHOLE, height=0.65)
         axes.text(size, place, f" {size:,.0f}", va="center", fontsize=9)
     axes.axvline(LIMIT_BYTES, color=UP, linestyle="--", linewidth=1)
-    axes.text(LIMIT_BYTES, -0.75, f"limit {LIMIT_BYTES:,}", color=UP, ha="right", fontsize=9)
+    axes.text(LIMIT_BYTES, -0.75, f"limit {LIMIT_BYTES:,} ", color=UP, ha="right", fontsize=9)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -1.2)
-    axes.set_xlim(0, 1.12 * max(LIMIT_BYTES, code + artifact))
+    axes.set_xlim(0, 1.12 * max(LIMIT_BYTES, total))
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     save(figure, path)

@@ -329,7 +329,7 @@ def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
     if test:
         found |= dict(t_statistic=round(test[0], 4), p_value=float(f"{test[1]:.4g}"))
         verdict = against if test[1] >= P_LIMIT else reasons
-        verdict.append(f"p = {test[1]:.2g}, needed is less than {P_LIMIT}")
+        verdict.append(f"p = {test[1]:.4g}, needed is less than {P_LIMIT}")
     elif new.n < 2:
         against.append(f"n = {new.n}, so there is no test: {NOISE}")
     else:

@@ -232,15 +232,21 @@ def test_the_groups_of_the_bytes_picture_add_up_to_the_artifact(monkeypatch):
     facts, _ = real_run()
     facts["storage"] = [
         dict(group=group, kind="int6", tensors=1, parameters=9, entropy_bytes=size)
-        for group, size in (("mlp", 600), ("attention", 200), ("mlp", 100), ("embedding", 300))
+        for group, size in {
+            "head.weight": 300,
+            "blocks.*.mlp.up.weight": 600,
+            "blocks.*.attn.q.weight": 290,
+            "skip_gates": 4,
+            "skip_weights": 6,
+        }.items()
     ]
     axes = bars(monkeypatch, pictures.draw_bytes, runs.Run(Path("x"), facts, "", None))
-    widths = dict(
-        zip((label.get_text() for label in axes.get_yticklabels()), axes.patches, strict=True)
-    )
-    artifact = facts["result"]["artifact_bytes"]
-    assert widths["mlp"].get_width() == pytest.approx(700 / 1200 * artifact)
-    assert widths["total"].get_width() == artifact + facts["result"]["code_bytes"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["mlp.up", "head", "attn.q", "2 small groups", "code", "total"]
+    artifact, code = (facts["result"][f"{name}_bytes"] for name in ("artifact", "code"))
+    parts = [artifact * size / 1200 for size in (600, 300, 290, 10)]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([*parts, code, artifact + code])
 
 
 def test_the_waterfall_leads_from_the_first_stage_to_the_result(monkeypatch):
