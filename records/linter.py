@@ -28,6 +28,7 @@ from runs import (
     find_runs,
     read_command,
     read_json,
+    source_digest,
 )
 
 from train_gpt import ALIASES
@@ -106,6 +107,24 @@ def check_files(record: Record, report: Report) -> None:
             copy = record.folder / source.name
             if source.is_file() and copy.is_file() and source.read_bytes() != copy.read_bytes():
                 report.add("files", False, f"{copy.name} is not what runs/{run.name} holds")
+
+
+def check_pictures(record: Record, report: Report) -> None:
+    """Every picture was drawn from these runs."""
+    from PIL import Image, UnidentifiedImageError
+
+    expected, stale = source_digest(record.runs), []
+    for name in page.PICTURES:
+        if (record.folder / name).is_file():
+            try:
+                with Image.open(record.folder / name) as picture:
+                    source = picture.info.get("Source")
+            except UnidentifiedImageError:
+                source = None
+            if source != expected:
+                stale.append(name)
+    problems = [f"{', '.join(stale)}: not drawn from these runs; run finish again"] if stale else []
+    report.faults("pictures", problems, "drawn from these runs")
 
 
 def check_schema(record: Record, report: Report) -> None:
@@ -442,6 +461,7 @@ def check_figures(record: Record, report: Report) -> None:
 
 CHECKS: tuple[Callable[[Record, Report], None], ...] = (
     check_files,
+    check_pictures,
     check_schema,
     check_settings,
     check_code,

@@ -137,10 +137,9 @@ def draw_pictures(runs: Sequence[Run], folder: Path) -> None:
     """The four pictures of a record."""
     import pictures
 
-    largest = max(runs, key=lambda run: run.result["total_bytes"])
     pictures.draw_loss(runs, folder / "loss.png")
     pictures.draw_waterfall(runs, folder / "stages.png")
-    pictures.draw_bytes(largest, folder / "bytes.png")
+    pictures.draw_bytes(runs, folder / "bytes.png")
     pictures.draw_time(runs, folder / "time.png")
 
 

@@ -38,8 +38,8 @@ PICTURES = {  # name of the file: caption
     "time.png": "Seconds by phase against both limits, slowest seed.",
 }
 GROUPS = (
-    "Bytes by group of tensors: the order-0 entropy of their codes, and their scales, scaled so that "
-    "all groups together are the artifact's bytes on disk."
+    "Bytes by group of tensors: the order-0 entropy of their codes, and their scales, scaled so "
+    "that all groups together are the artifact's bytes on disk."
 )
 
 

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt  # noqa: E402
-from runs import LIMIT_BYTES, LIMIT_SECONDS, STAGES, Run  # noqa: E402
+from runs import LIMIT_BYTES, LIMIT_SECONDS, STAGES, Run, source_digest  # noqa: E402
 
 from train_gpt import Budget  # noqa: E402
 
@@ -27,9 +27,9 @@ def canvas(title: str, rows: float = 3.6) -> tuple[Any, Any]:
     return figure, axes
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG without the name and version of the program that drew it."""
-    figure.savefig(path, metadata={"Software": None})
+def save(figure: Any, path: Path, runs: Sequence[Run] = ()) -> None:
+    """Write a PNG that names what it was drawn from, and not the program that drew it."""
+    figure.savefig(path, metadata={"Software": None, "Source": source_digest(runs)})
     plt.close(figure)
 
 
@@ -44,7 +44,7 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
     axes.set(xlabel="seconds of training", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    save(figure, path)
+    save(figure, path, runs)
 
 
 def draw_waterfall(runs: Sequence[Run], path: Path) -> None:
@@ -65,7 +65,7 @@ def draw_waterfall(runs: Sequence[Run], path: Path) -> None:
     labels = [STAGES[name][1] for name in names]
     axes.set_xticks(range(len(bars)), [*labels, "result"])
     axes.set_ylabel("bits per byte (axis cut)")
-    save(figure, path)
+    save(figure, path, runs)
 
 
 def group_bytes(run: Run) -> dict[str, float]:
@@ -87,8 +87,9 @@ def group_bytes(run: Run) -> dict[str, float]:
     return {name: groups[name] * artifact / whole for name in ordered}
 
 
-def draw_bytes(run: Run, path: Path) -> None:
-    """Bytes of code and of each tensor group against the limit."""
+def draw_bytes(runs: Sequence[Run], path: Path) -> None:
+    """Bytes of code and of each tensor group of the largest seed against the limit."""
+    run = max(runs, key=lambda run: run.result["total_bytes"])
     total = run.result["total_bytes"]
     rows = {**group_bytes(run), "code": run.result["code_bytes"], "total": total}
     figure, axes = canvas(f"bytes, seed {run.seed}", 1.2 + 0.32 * len(rows))
@@ -102,7 +103,7 @@ def draw_bytes(run: Run, path: Path) -> None:
     axes.set_xlim(0, 1.12 * max(LIMIT_BYTES, total))
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
-    save(figure, path)
+    save(figure, path, runs)
 
 
 def draw_time(runs: Sequence[Run], path: Path) -> None:
@@ -112,11 +113,9 @@ def draw_time(runs: Sequence[Run], path: Path) -> None:
     for row, (part, names) in enumerate(parts.items()):
         run = max(runs, key=lambda run: run.seconds(part, parts[part]))
         budget, begin = run.facts["budget"], 0.0
-        spent: Mapping[str, float] = budget["phases"] | {
-            "unbooked": budget.get("unbooked_seconds", 0.0)
-        }
+        spent = {**budget["phases"], "unbooked": budget.get("unbooked_seconds", 0.0)}
         for name in (*names, "unbooked"):
-            if seconds := spent.get(name, 0.0):
+            if (seconds := spent.get(name, 0.0)) > 0:
                 label = f"{name}: {seconds:.1f}"
                 axes.barh(row, seconds, left=begin, height=0.5, edgecolor="white", label=label)
                 begin += seconds
@@ -128,7 +127,7 @@ def draw_time(runs: Sequence[Run], path: Path) -> None:
     axes.set_ylim(1.7, -0.7)
     axes.set_xlabel("seconds")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    save(figure, path)
+    save(figure, path, runs)
 
 
 def draw_differences(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:

@@ -160,6 +160,12 @@ def find_runs(folder: Path, *, copies: bool = False) -> list[Run]:
     return sorted(found, key=lambda run: run.seed)
 
 
+def source_digest(runs: Sequence[Run]) -> str:
+    """SHA-256 of all facts of some runs: pictures drawn from them carry it."""
+    facts = json.dumps([run.facts for run in runs], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
 # --- statistics ---
 
 
