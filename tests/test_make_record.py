@@ -605,14 +605,45 @@ def test_an_older_json_is_told_what_it_does_not_record(tmp_path, monkeypatch):
     assert "seed42: sha256 of its artifact: not recorded" in text
 
 
-def test_the_readable_source_must_be_what_the_packed_file_packs(copy, monkeypatch):
-    source = (copy / "train_gpt.py").read_text(encoding="utf-8")
-    monkeypatch.setitem(sys.modules, "pack", SimpleNamespace(unpack_source=lambda packed: source))
-    (copy / "train_gpt_readable.py").write_text(source, encoding="utf-8")
-    assert faults(copy) == {}
-    (copy / "train_gpt_readable.py").write_text(source + "#", encoding="utf-8")
-    assert "is not the source" in faults(copy)["code"]
-    (copy / "train_gpt_readable.py").unlink()
+class Packer(SimpleNamespace):
+    """A stand-in for records/pack.py, whose packing takes seconds."""
+
+    @staticmethod
+    def pack_source(source: str) -> bytes:
+        return b"# packed\n" + source.encode()[::-1]
+
+    @staticmethod
+    def unpack_source(packed: bytes) -> str:
+        if not packed.startswith(b"# "):
+            raise ValueError("not a packed file")
+        return packed.partition(b"\n")[2][::-1].decode()
+
+
+@pytest.mark.parametrize(
+    ("shipped", "verdict", "says"),
+    [
+        (Packer.pack_source("x = 1  # Config\n"), True, "every run ran train_gpt.py"),
+        (Packer.pack_source("x = 2\n"), False, "is not what records/pack.py makes"),
+        (b"exec(download())\n", False, "is not what records/pack.py makes"),
+        (b"# other head\n" + b"x = 1\n"[::-1], None, "packed by another version of Python"),
+    ],
+)
+def test_the_readable_source_must_be_what_the_packed_file_packs(
+    shipped, verdict, says, copy, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "pack", Packer)
+    (copy / "train_gpt.py").write_bytes(shipped)
+    (copy / "train_gpt_readable.py").write_text("x = 1  # Config\n")
+    facts = dict(bytes=len(shipped), sha256=t.hashlib.sha256(shipped).hexdigest())
+    for seed in SEEDS:
+        edit(copy / f"seed{seed}.json", lambda r: r.update(code=facts))
+    report = linter.Report()
+    linter.check_code(linter.Record.read(copy), report)
+    assert any(v == verdict and says in text for _, v, text in report.rows)
+    assert report.clean == (verdict is not False)
+
+
+def test_a_packed_file_without_its_readable_source_is_a_fault(copy):
     (copy / "train_gpt.py").write_text("exec(something)")
     assert "train_gpt_readable.py is missing" in faults(copy)["code"]
 
@@ -671,12 +702,11 @@ def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
 
 
 def test_new_packs_the_program_and_keeps_its_readable_source(elsewhere, monkeypatch):
-    packer = SimpleNamespace(pack_source=lambda source: b"packed" + source[:20].encode())
-    monkeypatch.setitem(sys.modules, "pack", packer)
+    monkeypatch.setitem(sys.modules, "pack", Packer)
     assert make_record.main(["new", "Small"]) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Small")
     source = Path(t.__file__).read_text(encoding="utf-8")
-    assert (folder / "train_gpt.py").read_bytes() == packer.pack_source(source)
+    assert (folder / "train_gpt.py").read_bytes() == Packer.pack_source(source)
     assert (folder / "train_gpt_readable.py").read_text(encoding="utf-8") == source
 
 
