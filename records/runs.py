@@ -188,9 +188,7 @@ class Sample:
         return bool(self.n and self.n > 1 and self.std is not None)
 
     def text(self, digits: int = 4) -> str:
-        """`1.0810 +- 0.0002`, without what is unknown."""
-        if self.mean is None:
-            return "not recorded"
+        """`1.0810 +- 0.0002`, without a spread that is unknown."""
         spread = "" if self.std is None else f" \u00b1 {self.std:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 

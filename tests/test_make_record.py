@@ -584,6 +584,20 @@ def test_the_record_track_is_for_eight_h100_and_the_whole_text(tmp_path, monkeyp
     assert "VAL_TOKENS=110336" in found["data"]
 
 
+def test_a_single_run_without_a_predecessor_makes_a_clean_folder_and_no_claim(
+    tmp_path, monkeypatch
+):
+    folder = record(tmp_path, old=None)
+    for seed in (314, 999):
+        shutil.rmtree(folder / "runs" / f"seed{seed}")
+    assert faults(quickly(folder, monkeypatch)) == {}
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# Trial: 2.45153 bpb, n = 1\n")
+    assert "| mean |" not in text
+    assert "| difference |" not in text
+    assert "**There is no claim:** no predecessor was named." in text
+
+
 def test_a_command_may_use_the_other_name_of_a_setting(tmp_path, monkeypatch):
     folder = record(tmp_path)
     replace(folder / "command.sh", EXPORT, EXPORT + "export GPTQ_CALIB_BATCHES=64\n")
@@ -648,7 +662,7 @@ def test_a_packed_file_without_its_readable_source_is_a_fault(copy):
     assert "train_gpt_readable.py is missing" in faults(copy)["code"]
 
 
-@pytest.mark.parametrize("what", ["no folder", "no runs", "cut off", "without keys"])
+@pytest.mark.parametrize("what", ["no folder", "no runs", "cut off", "a list", "without keys"])
 def test_what_cannot_be_checked_ends_with_status_2_and_one_line(what, copy, capsys):
     if what == "no folder":
         copy = copy / "nowhere"
@@ -658,6 +672,8 @@ def test_what_cannot_be_checked_ends_with_status_2_and_one_line(what, copy, caps
             path.unlink()
     elif what == "cut off":
         (copy / "seed42.json").write_text((copy / "seed42.json").read_text()[:1000])
+    elif what == "a list":
+        (copy / "seed42.json").write_text("[]")
     else:
         edit(copy / "seed42.json", lambda r: r.pop("runtime"))
     assert make_record.main(["check", str(copy)]) == 2
@@ -699,6 +715,24 @@ def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
         "for seed in 42 314 999; do ( . ./command.sh; SEED=$seed RUN_ID=seed$seed "
         "LOG_DIR=runs/seed$seed torchrun --standalone --nproc_per_node=8 train_gpt.py ); done\n"
     ) in out
+
+
+def places(folder):
+    """The data of a command, as whole paths."""
+    found = runs.read_command(folder / "command.sh")
+    return {name: (folder / found[name]).resolve() for name in make_record.PLACES if name in found}
+
+
+def test_new_says_where_the_data_is_from_inside_the_folder(elsewhere):
+    assert make_record.main(["new", "Full", "--no-pack"]) == 0
+    assert make_record.main(["new", "Sample", "--no-pack", "SMOKE=1"]) == 0
+    full, sample = (next(elsewhere.glob(f"*/*_{name}")) for name in ("Full", "Sample"))
+    assert places(full) == {"DATA_DIR": ROOT / "data"}
+    data = ROOT / "data" / "sample"
+    assert places(sample) == {"DATA_PATH": data, "TOKENIZER_PATH": data / "tokenizer.model"}
+    words = ["new", "Other", "--no-pack", f"--from={sample}", "--track=track_non_record_16mb"]
+    assert make_record.main(words) == 0
+    assert places(next(elsewhere.glob("*/*_Other"))) == places(sample)
 
 
 def test_new_packs_the_program_and_keeps_its_readable_source(elsewhere, monkeypatch):
