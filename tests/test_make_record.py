@@ -725,12 +725,12 @@ def places(folder):
 
 def test_new_says_where_the_data_is_from_inside_the_folder(elsewhere):
     assert make_record.main(["new", "Full", "--no-pack"]) == 0
-    assert make_record.main(["new", "Sample", "--no-pack", "SMOKE=1"]) == 0
+    assert make_record.main(["new", "Sample", "--no-pack", "--nproc=1", "SMOKE=1"]) == 0
     full, sample = (next(elsewhere.glob(f"*/*_{name}")) for name in ("Full", "Sample"))
     assert places(full) == {"DATA_DIR": ROOT / "data"}
     data = ROOT / "data" / "sample"
     assert places(sample) == {"DATA_PATH": data, "TOKENIZER_PATH": data / "tokenizer.model"}
-    words = ["new", "Other", "--no-pack", f"--from={sample}", "--track=track_non_record_16mb"]
+    words = ["new", "Other", "--no-pack", "--nproc=1", f"--from={sample}"]
     assert make_record.main(words) == 0
     assert places(next(elsewhere.glob("*/*_Other"))) == places(sample)
 
