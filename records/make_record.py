@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -160,7 +160,7 @@ def finish(args: argparse.Namespace) -> int:
         for suffix in (".json", ".txt", ".audit.json"):
             source = run.path.with_suffix(suffix)
             if source.is_file() and source.parent != folder:
-                shutil.copyfile(source, folder / source.name)
+                atomic_write(folder / source.name, source.read_bytes())
     draw_pictures(runs, folder)
     atomic_write(folder / "submission.json", page.to_json(submission))
     atomic_write(readme, text.encode())
@@ -208,14 +208,20 @@ def index_rows(track: str) -> Iterator[list[str]]:
             entries.append((sub, f"{track}/{folder.name}/README.md", "log and JSON there"))
     for path in sorted((RECORDS / "published").glob("*.json")):
         sub = Submission.read(path)
-        if sub.facts["track"] == track:
-            folder, broken = sub.facts.get("folder"), sub.facts.get("invalid_for_records")
-            note = f"[published]({sub.facts['link']})" + ", breaks the rules" * bool(broken)
-            entries.append((sub, f"{folder}/README.md" if folder else "", note))
-    for sub, link, note in sorted(entries, key=lambda e: (e[0].facts["hardware"], e[0].bpb.mean)):
-        name = f"[{sub.name}]({link})" if link else sub.name
-        sizes = [f"{sub.size(key):,}" for key in ("bytes_total", "val_tokens")]
-        yield [name, sub.bpb.text(), f"{sub.bpb.n}", *sizes, sub.facts["hardware"], note]
+        if sub.track == track:
+            place, link = sub.facts.get("folder"), sub.facts.get("link", "")
+            note = f"[published]({link})" if link else "published"
+            note += ", breaks the rules" * bool(sub.facts.get("invalid_for_records"))
+            entries.append((sub, f"{place}/README.md" if place else "", note))
+    unknown, rows = "not recorded", []
+    for sub, link, note in entries:
+        hardware, mean = sub.facts.get("hardware", unknown), sub.bpb.mean
+        cells = [f"[{sub.name}]({link})" if link else sub.name]
+        cells += [sub.bpb.text() if mean else unknown, str(sub.bpb.n or unknown)]
+        sizes = sub.size("bytes_total"), sub.size("val_tokens")
+        cells += [f"{size:,}" if size else unknown for size in sizes]
+        rows.append((hardware, mean or math.inf, [*cells, hardware, note]))
+    yield from (cells for *_, cells in sorted(rows))
 
 
 INTRODUCTION = """# Records
@@ -223,7 +229,7 @@ INTRODUCTION = """# Records
 What this program has been seen to do, and what others published. Every figure of ours has a log
 and a JSON in its folder; a figure without a log is not here. Mean \u00b1 sample standard deviation
 of n runs; bytes are code and artifact together, the most of any run. Scores compare with each other
-only where the same text was scored: see the targets.
+on the same text alone; targets are its tokens, by the tokenizer of each system.
 """
 
 

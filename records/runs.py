@@ -293,6 +293,12 @@ class Submission:
         path = path / "submission.json" if path.is_dir() else path
         return cls.from_facts(read_json(path), path.parent.name)
 
+    @property
+    def track(self) -> str:
+        """One of TRACKS; others write them in other words, or leave the main one out."""
+        words = re.findall("[a-z0-9]+", str(self.facts.get("track")).lower())
+        return OTHER_TRACK if "non" in words else RECORD_TRACK
+
     def size(self, key: str) -> int | None:
         """A whole number of the file, else the largest of its seeds, such as val_bytes."""
         entries = [entry for _, entry in seed_entries(self.facts.get("seed_results"))]

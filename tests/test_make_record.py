@@ -820,6 +820,8 @@ def test_the_index_lists_records_and_published_systems_and_keeps_what_is_by_hand
 ):
     shutil.copytree(finished.parent.parent, elsewhere)
     shutil.copytree(ROOT / "records" / "published", elsewhere / "published")
+    older = dict(name="Older", mean_val_bpb=1.07, track="10min_16mb", val_loss=0.0)
+    (elsewhere / "published" / "older.json").write_text(json.dumps(older))
     readme = elsewhere / "README.md"
     by_hand = "\n\n## Tried and dropped\n\n2026-01-02: a thing, +0.003 bpb.\n"
     readme.write_text(f"old\n{make_record.MARK}{by_hand}")
@@ -838,6 +840,8 @@ def test_the_index_lists_records_and_published_systems_and_keeps_what_is_by_hand
     ]
     assert "| 1.0810 \u00b1 0.0002 | 3 | 15,993,232 | 40,540,160 | 8xH100 |" in rows[2]
     assert "breaks the rules" in rows[1]
+    gaps = " | ".join(["not recorded"] * 4)
+    assert f"| Older | 1.0700 | {gaps} | published |\n" in text.partition("non_record")[0]
     assert "2026-11-21_Trial/README.md) | 2.4516 \u00b1 0.0004 | 3 |" in rows[4]
     assert make_record.main(["index", "--check"]) == 0
     readme.write_text(text.replace("1.0810", "1.0811"))
