@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_make_record import ROOT, SAMPLE, record
+from test_make_record import ROOT, real_path, record
 
 sys.path.insert(0, str(ROOT / "records"))
 import compare  # noqa: E402
@@ -19,10 +19,6 @@ def folder(tmp_path_factory):
     return record(tmp_path_factory.mktemp("compare"))
 
 
-def single_run():
-    return next(path for path in SAMPLE.glob("seed*.json") if ".audit." not in path.name)
-
-
 def row(text, name):
     """n, difference, error and p of a measure."""
     line = next(line for line in text.splitlines() if line.startswith(f"{name}  "))
@@ -32,7 +28,7 @@ def row(text, name):
 def test_stages_are_compared_with_their_standard_error_and_p(folder, tmp_path, capsys):
     from scipy.stats import ttest_ind
 
-    worse = json.loads(single_run().read_text())["stages"]["quantized"]["val_bpb"]
+    worse = json.loads(real_path().read_text())["stages"]["quantized"]["val_bpb"]
     other = {"seed_results": [dict(quantized_val_bpb=worse + d, val_bpb=1) for d in (0.002, 0.003)]}
     (tmp_path / "other.json").write_text(json.dumps(other))
     assert compare.main([str(folder), str(tmp_path / "other.json")]) == 0
@@ -47,7 +43,7 @@ def test_stages_are_compared_with_their_standard_error_and_p(folder, tmp_path, c
 
 
 def test_a_shift_of_all_stages_leaves_the_differences_between_stages(folder, capsys):
-    assert compare.main([str(single_run()), str(folder)]) == 0
+    assert compare.main([str(real_path()), str(folder)]) == 0
     text = capsys.readouterr().out
     for name in ("before quantization", "quantized", "sliding", "adapted"):
         assert row(text, name)[:2] == ["1,3", "+0.00003"]
@@ -56,7 +52,7 @@ def test_a_shift_of_all_stages_leaves_the_differences_between_stages(folder, cap
 
 
 def test_a_single_run_is_told_what_it_cannot_show(folder, capsys):
-    assert compare.main([str(folder), str(single_run())]) == 0
+    assert compare.main([str(folder), str(real_path())]) == 0
     text = capsys.readouterr().out
     assert row(text, "quantized")[2:] == ["-", "-"]
     assert "about 0.0003 to 0.001 bpb, and n = 1 shows nothing smaller" in text
@@ -67,7 +63,7 @@ def test_a_single_run_is_told_what_it_cannot_show(folder, capsys):
 def test_the_picture_is_drawn_and_the_same_each_time(folder, tmp_path):
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     for picture in pictures:
-        assert compare.main([str(folder), str(single_run()), "--out", str(picture)]) == 0
+        assert compare.main([str(folder), str(real_path()), "--out", str(picture)]) == 0
     first, second = (picture.read_bytes() for picture in pictures)
     assert first == second
     assert first.startswith(b"\x89PNG")

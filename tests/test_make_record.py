@@ -28,17 +28,30 @@ import runs  # noqa: E402
 
 SAMPLE = next((ROOT / "records" / "track_non_record_16mb").glob("*_Sample_CPU"))
 SEEDS = {42: 0.0, 314: 0.0004, 999: -0.0003}  # how much worse than the real run
-OLD = {"name": "Older", "seed_results": {"1": 2.47, "2": {"val_bpb": 2.4712}, "3": 2.4705}}
 EXPORT = "export EMA_DECAY=0.97\n"
+PROGRAM = b"class Config:\n    pass\n"  # stands for the program: it is never run
 
 
 # --- runs as the program leaves them, from one real run ---
 
 
+def real_path():
+    """The JSON of the committed run."""
+    return min(path for path in SAMPLE.glob("seed*.json") if ".audit." not in path.name)
+
+
 def real_run():
     """(facts, log) of the committed run."""
-    path = next(p for p in SAMPLE.glob("seed*.json") if ".audit." not in p.name)
-    return json.loads(path.read_text()), path.with_suffix(".txt").read_text()
+    return json.loads(real_path().read_text()), real_path().with_suffix(".txt").read_text()
+
+
+FACTS, _ = real_run()
+BPB, STEPS = (FACTS["result"][name] for name in ("val_bpb", "steps"))
+LIMIT = FACTS["budget"]["training"]["limit"]
+SPENT = {part: FACTS["budget"][part]["seconds"] for part in page.PARTS}
+QUANTIZED = f"val_bpb:{FACTS['stages']['quantized']['val_bpb'] + SEEDS[314]:.8f}"
+WORSE = [BPB + 0.0185, BPB + 0.0197, BPB + 0.0190]
+OLD = {"name": "Older", "seed_results": {"1": WORSE[0], "2": {"val_bpb": WORSE[1]}, "3": WORSE[2]}}
 
 
 def write_run(folder, seed, worse, change=None, audit="legal"):
@@ -56,7 +69,14 @@ def write_run(folder, seed, worse, change=None, audit="legal"):
         swap(f"  {name}: {entry['value']}\n", f"  {name}: {value}\n")
         facts["config"][name] = dict(value=value, source=source)
 
-    old_result = log.splitlines()[-1]
+    old_result, code = log.splitlines()[-1], facts["code"]
+    facts["code"] = dict(bytes=len(PROGRAM), sha256=t.hashlib.sha256(PROGRAM).hexdigest())
+    swap(
+        "code_bytes: {bytes} code_sha256: {sha256}".format(**code),
+        "code_bytes: {bytes} code_sha256: {sha256}".format(**facts["code"]),
+    )
+    total = facts["result"]["artifact_bytes"] + len(PROGRAM)
+    facts["result"] |= dict(code_bytes=len(PROGRAM), total_bytes=total)
     for name, stage in facts["stages"].items():
         scored = f"{name} val_loss:{stage['val_loss']:.8f} val_bpb:{stage['val_bpb']:.8f}"
         stage["nats"] += worse * np.log(2) * stage["bytes"]
@@ -98,8 +118,7 @@ def record(tmp_path, *, track="track_non_record_16mb", changes=None, audit="lega
     """A folder as `new` and three runs leave it; changes: {seed: change}."""
     folder = tmp_path / track / "2026-11-21_Trial"
     folder.mkdir(parents=True)
-    for path in SAMPLE.glob("train_gpt*.py"):
-        shutil.copy(path, folder)
+    (folder / "train_gpt.py").write_bytes(PROGRAM)
     shutil.copy(ROOT / "requirements.txt", folder)
     (folder / "command.sh").write_text(f"# Trial\n{EXPORT}# python train_gpt.py\n")
     if old:
@@ -109,7 +128,7 @@ def record(tmp_path, *, track="track_non_record_16mb", changes=None, audit="lega
     return folder
 
 
-HAND = ["--author=A. Person", "--github-id=a-person", "--blurb=Trains 668 steps"]
+HAND = ["--author=A. Person", "--github-id=a-person", f"--blurb=Trains {STEPS} steps"]
 
 
 def finish(folder, *options):
@@ -185,18 +204,17 @@ def test_submission_json_holds_what_the_runs_say(finished):
     seed = found["seed_results"]["314"]
     before = facts["stages"]["pre-quantization post-ema"]["val_bpb"]
     assert seed["pre_quant_val_bpb"] == pytest.approx(before + 0.0004, abs=2e-8)
-    assert seed["steps"] == facts["result"]["steps"]
-    assert found["bytes_total"] == facts["result"]["total_bytes"]
+    assert seed["steps"] == STEPS
+    assert found["bytes_total"] == facts["result"]["artifact_bytes"] + len(PROGRAM)
     assert all(found["compliance"].values())
     data = facts["data"]
     margin = 0.005 / np.log(2) * data["val_tokens"] / data["val_bytes"]
     assert found["margin_bpb"] == pytest.approx(margin, abs=1e-8)
-    old = [2.47, 2.4712, 2.4705]
     from scipy.stats import ttest_ind
 
-    test = ttest_ind(values, old, equal_var=False, alternative="less")
+    test = ttest_ind(values, WORSE, equal_var=False, alternative="less")
     assert found["p_value"] == pytest.approx(test.pvalue, rel=1e-3)
-    assert found["delta_bpb"] == pytest.approx(np.mean(values) - np.mean(old), abs=2e-8)
+    assert found["delta_bpb"] == pytest.approx(np.mean(values) - np.mean(WORSE), abs=2e-8)
     assert found["claim"] is True
 
 
@@ -214,9 +232,10 @@ def test_the_readme_has_fixed_headings_and_keeps_what_was_written_by_hand(copy):
         "## Pictures",
     ]
     assert "**The claim stands:**" in text
-    readme.write_text(text.replace("Trains 668 steps", "By hand, 668 steps.\n\nMore."))
+    readme.write_text(text.replace(f"Trains {STEPS} steps", f"By hand, {STEPS} steps.\n\nMore."))
     assert finish(copy) == 0
-    assert "\n## What it is\n\nBy hand, 668 steps.\n\nMore.\n\n## Command\n" in readme.read_text()
+    kept = f"\n## What it is\n\nBy hand, {STEPS} steps.\n\nMore.\n\n## Command\n"
+    assert kept in readme.read_text()
     assert faults(copy) == {}
 
 
@@ -331,7 +350,7 @@ def set_verdict(folder, verdict):
 
 
 def claim_more(folder):
-    edit(folder / "submission.json", lambda s: s.update(val_bpb=2.4))
+    edit(folder / "submission.json", lambda s: s.update(val_bpb=0.5))
 
 
 def change_seed(folder):
@@ -356,29 +375,29 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         {"code": "seed314 ran code 1111", "logs": "code_sha256", "audits": "other code"},
     ),
     "an edited figure in the README": (
-        lambda f: replace(f / "README.md", "| 668 |", "| 669 |"),
+        lambda f: replace(f / "README.md", f"| {STEPS:,} |", "| 9,999 |"),
         {"figures": "README.md line"},
     ),
     "a figure by hand that no log shows": (
-        lambda f: replace(f / "README.md", "Trains 668 steps", "It reached 1.0499 once"),
+        lambda f: replace(f / "README.md", f"Trains {STEPS} steps", "It reached 1.0499 once"),
         {"figures": "README.md: 1.0499 occurs in no log"},
     ),
     "an edited figure in submission.json": (
         claim_more,
-        {"figures": "submission.json: val_bpb is 2.4, the runs say 2.45"},
+        {"figures": f"submission.json: val_bpb is 0.5, the runs say {BPB:.2f}"},
     ),
     "an edited p value": (
         lambda f: edit(f / "submission.json", lambda s: s.update(p_value=1e-9)),
         {"figures": "submission.json: p_value is 1e-09"},
     ),
     "an edited result in a JSON": (
-        lambda f: both(f, "seed42", lambda r: r["result"].update(val_bpb=2.4)),
-        {"logs": "val_bpb=2.4", "sums": "the result is 2.4", "figures": "seed_results.42.val_bpb"},
+        lambda f: both(f, "seed42", lambda r: r["result"].update(val_bpb=0.5)),
+        {"logs": "val_bpb=0.5", "sums": "the result is 0.5", "figures": "seed_results.42.val_bpb"},
     ),
     "an edited stage in JSON and log": (
         lambda f: (
             both(f, "seed314", lambda r: r["stages"]["quantized"].update(val_bpb=2.0)),
-            edit_both_logs(f, "val_bpb:2.45559838", "val_bpb:2.00000000"),
+            edit_both_logs(f, QUANTIZED, "val_bpb:2.00000000"),
         ),
         {"sums": "seed314: quantized val_bpb is 2.0", "figures": "quantized_val_bpb"},
     ),
@@ -391,7 +410,7 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         {"logs": "11_visits:90.0"},
     ),
     "an edited log": (
-        lambda f: edit_both_logs(f, "val_bpb:2.45559838", "val_bpb:2.00000000"),
+        lambda f: edit_both_logs(f, QUANTIZED, "val_bpb:2.00000000"),
         {"logs": "seed314.json says 'quantized val_loss:"},
     ),
     "a missing log": (
@@ -449,7 +468,9 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         {"audits": "says legal, but C1 failed"},
     ),
     "another artifact on disk": (
-        lambda f: (f / "runs" / "seed42" / "seed42.bin").write_bytes(b"1" * 257_635),
+        lambda f: (f / "runs" / "seed42" / "seed42.bin").write_bytes(
+            b"1" * FACTS["result"]["artifact_bytes"]
+        ),
         {"bytes": "seed42.bin is not the artifact that seed42 wrote"},
     ),
     "a setting that does not exist": (
@@ -490,7 +511,10 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "another machine in one seed": (
         lambda f: both(f, "seed999", lambda r: r["runtime"].update(torch="2.9")),
-        {"settings": "torch is 2.13.0+cpu in seed42 and 2.9 in seed999", "logs": "torch=2.9"},
+        {
+            "settings": f"torch is {FACTS['runtime']['torch']} in seed42 and 2.9 in seed999",
+            "logs": "torch=2.9",
+        },
     ),
     "a track that does not exist": (
         lambda f: f.parent.rename(f.parent.with_name("track_2")),
@@ -517,9 +541,11 @@ def test_the_linter_names_a_fault_in_a_finished_folder(fault, copy, capsys):
 
 
 def slow(facts, swap):
-    swap("budget evaluation: 77.1s", "budget evaluation: 677.1s")
-    swap("quantized_ttt=57.6s", "quantized_ttt=657.6s")
-    facts["budget"]["phases"]["quantized_ttt"] += 600
+    spent, phases = SPENT["evaluation"], facts["budget"]["phases"]
+    swap(f"budget evaluation: {spent:.1f}s", f"budget evaluation: {spent + 600:.1f}s")
+    seconds = phases["quantized_ttt"]
+    swap(f"quantized_ttt={seconds:.1f}s", f"quantized_ttt={seconds + 600:.1f}s")
+    phases["quantized_ttt"] += 600
     facts["budget"]["evaluation"]["seconds"] += 600
     facts["budget"]["wall_seconds"] += 600
     facts["result"]["eval_seconds"] += 600
@@ -531,7 +557,7 @@ def unbooked(facts, swap):
 
 
 def large(facts, swap):
-    facts["result"] |= dict(artifact_bytes=15_900_000, total_bytes=16_026_559)
+    facts["result"] |= dict(artifact_bytes=16_000_000, total_bytes=16_000_000 + len(PROGRAM))
 
 
 def unverified(facts, swap):
@@ -545,18 +571,24 @@ def from_checkpoint(facts, swap):
 
 
 def bad_sum(facts, swap):
-    swap("budget evaluation: 77.1s", "budget evaluation: 60.0s")
-    facts["budget"]["evaluation"]["seconds"] = 60.0
+    swap(f"budget evaluation: {SPENT['evaluation']:.1f}s", "budget evaluation: 5.0s")
+    facts["budget"]["evaluation"]["seconds"] = 5.0
 
 
 BEFORE = {  # what all runs are like: (checks that fail, what they say)
-    "over the limit of evaluation": (slow, {"budgets": "evaluation took 677.1 s of 600 s"}),
+    "over the limit of evaluation": (
+        slow,
+        {"budgets": f"evaluation took {SPENT['evaluation'] + 600:.1f} s of 600 s"},
+    ),
     "unbooked time over both limits": (
         unbooked,
-        {"budgets": "seed42: training took 618.6 s of 90 s"},
+        {"budgets": f"seed42: training took {SPENT['training'] + 530:.1f} s of {LIMIT:g} s"},
     ),
-    "phases that do not add up": (bad_sum, {"budgets": "60.0 s, its phases 77.1 s"}),
-    "too many bytes": (large, {"bytes": "16,026,559 bytes, the limit is 16,000,000"}),
+    "phases that do not add up": (bad_sum, {"budgets": "evaluation 5.0 s, its phases"}),
+    "too many bytes": (
+        large,
+        {"bytes": f"{16_000_000 + len(PROGRAM):,} bytes, the limit is 16,000,000"},
+    ),
     "data without a proof": (unverified, {"data": "seed42: data not verified"}),
     "weights of another run": (from_checkpoint, {"settings": "from CHECKPOINT=base.ckpt"}),
 }
@@ -574,14 +606,15 @@ def test_the_linter_names_a_fault_that_all_runs_have(fault, tmp_path, monkeypatc
 
 def test_the_record_track_is_for_eight_h100_and_the_whole_text(tmp_path, monkeypatch):
     def part(facts, swap):
-        swap("  val_tokens: 0\n", "  val_tokens: 110336\n")
-        facts["config"]["val_tokens"] = dict(value=110336, source="default")
+        swap("  val_tokens: 0\n", "  val_tokens: 100000\n")
+        facts["config"]["val_tokens"] = dict(value=100_000, source="default")
 
     folder = record(tmp_path, track="track_10min_16mb", changes=dict.fromkeys(SEEDS, part))
     found = faults(quickly(folder, monkeypatch))
     assert set(found) == {"settings", "data"}
-    assert "ran on 1xAMD EPYC, track_10min_16mb is for 8xH100" in found["settings"]
-    assert "VAL_TOKENS=110336" in found["data"]
+    device = FACTS["runtime"]["device"]
+    assert f"ran on 1x{device}, track_10min_16mb is for 8xH100" in found["settings"]
+    assert "VAL_TOKENS=100000" in found["data"]
 
 
 def test_a_single_run_without_a_predecessor_makes_a_clean_folder_and_no_claim(
@@ -592,7 +625,7 @@ def test_a_single_run_without_a_predecessor_makes_a_clean_folder_and_no_claim(
         shutil.rmtree(folder / "runs" / f"seed{seed}")
     assert faults(quickly(folder, monkeypatch)) == {}
     text = (folder / "README.md").read_text()
-    assert text.startswith("# Trial: 2.45153 bpb, n = 1\n")
+    assert text.startswith(f"# Trial: {BPB:.5f} bpb, n = 1\n")
     assert "| mean |" not in text
     assert "| difference |" not in text
     assert "**There is no claim:** no predecessor was named." in text
@@ -842,7 +875,8 @@ def test_the_index_lists_records_and_published_systems_and_keeps_what_is_by_hand
     assert "breaks the rules" in rows[1]
     gaps = " | ".join(["not recorded"] * 4)
     assert f"| Older | 1.0700 | {gaps} | published |\n" in text.partition("non_record")[0]
-    assert "2026-11-21_Trial/README.md) | 2.4516 \u00b1 0.0004 | 3 |" in rows[4]
+    mean = BPB + statistics.fmean(SEEDS.values())
+    assert f"2026-11-21_Trial/README.md) | {mean:.4f} \u00b1 0.0004 | 3 |" in rows[4]
     assert make_record.main(["index", "--check"]) == 0
     readme.write_text(text.replace("1.0810", "1.0811"))
     assert make_record.main(["index", "--check"]) == 1
