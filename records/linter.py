@@ -98,16 +98,17 @@ def check_files(record: Record, report: Report) -> None:
     for run in record.runs:
         names += [f"{run.name}.json", f"{run.name}.txt", f"{run.name}.audit.json"]
     missing = [name for name in [*names, *page.PICTURES] if not (record.folder / name).is_file()]
-    report.faults("files", [f"{name} is missing" for name in missing], "all there")
+    problems = [f"{name} is missing" for name in missing]
     track = record.folder.parent.name
     if track not in TRACKS:
-        report.add("files", False, f"lies in {track}, expected one of {', '.join(TRACKS)}")
+        problems.append(f"lies in {track}, expected one of {', '.join(TRACKS)}")
     for run in record.runs:
         for suffix in ("json", "txt"):
             source = record.folder / "runs" / run.name / f"{run.name}.{suffix}"
             copy = record.folder / source.name
             if source.is_file() and copy.is_file() and source.read_bytes() != copy.read_bytes():
-                report.add("files", False, f"{copy.name} is not what runs/{run.name} holds")
+                problems.append(f"{copy.name} is not what runs/{run.name} holds")
+    report.faults("files", problems, "all there")
 
 
 def check_pictures(record: Record, report: Report) -> None:
@@ -160,10 +161,10 @@ def check_settings(record: Record, report: Report) -> None:
             for name in ("artifact", "checkpoint")
             if run.settings.get(name)
         ]
-    report.faults("settings", problems, f"equal in {len(record.runs)} runs")
-    if record.for_record:
-        fits = first.facts["runtime"]["world_size"] == 8 and "H100" in first.hardware
-        report.add("settings", fits, f"ran on {first.hardware}, {RECORD_TRACK} is for 8xH100")
+    fits = first.facts["runtime"]["world_size"] == 8 and "H100" in first.hardware
+    if record.for_record and not fits:
+        problems.append(f"ran on {first.hardware}, {RECORD_TRACK} is for 8xH100")
+    report.faults("settings", problems, f"equal in {len(record.runs)} runs on {first.hardware}")
 
 
 def packs(packed: bytes, source: str) -> bool | None:
@@ -490,14 +491,14 @@ CHECKS: tuple[Callable[[Record, Report], None], ...] = (
 
 def lint(folder: Path) -> Report:
     """Run every check on a folder. Raises RecordError if it holds no readable runs."""
-    record, report = Record.read(folder), Report()
-    for check in CHECKS:
-        try:
+    report, doing = Report(), "the runs"
+    try:
+        record = Record.read(folder)
+        for check in CHECKS:
+            doing = check.__name__
             check(record, report)
-        except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape than ours
-            name = check.__name__.removeprefix("check_")
-            raise RecordError(
-                f"{folder}: the check of {name} cannot read a JSON there: {error!r}; copy the "
-                "files of the runs again"
-            ) from error
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape than ours
+        raise RecordError(
+            f"{folder}: {doing} cannot read a JSON ({error!r}); copy the files of the runs again"
+        ) from error
     return report

@@ -189,7 +189,7 @@ def own_submission(folder: Path) -> Submission | None:
         return Submission.read(folder)
     if not any(folder.glob("seed*.json")):
         return None
-    runs = find_runs(folder)
+    runs = find_runs(folder, copies=True)
     facts: dict[str, Any] = dict(
         name=folder.name.partition("_")[2],
         hardware=runs[0].hardware,

@@ -86,6 +86,8 @@ class Run:
             if not isinstance(facts.get(key), dict):
                 why = facts.get("error", "the run did not end")
                 raise RecordError(f"{path}: no {key} ({why}); run that seed again or remove it")
+        if not isinstance(facts["result"].get("seed"), int):
+            raise RecordError(f"{path}: its result names no seed; copy the file again")
         return cls(
             path,
             facts,

@@ -695,7 +695,9 @@ def test_a_packed_file_without_its_readable_source_is_a_fault(copy):
     assert "train_gpt_readable.py is missing" in faults(copy)["code"]
 
 
-@pytest.mark.parametrize("what", ["no folder", "no runs", "cut off", "a list", "without keys"])
+@pytest.mark.parametrize(
+    "what", ["no folder", "no runs", "cut off", "a list", "no keys", "no seed"]
+)
 def test_what_cannot_be_checked_ends_with_status_2_and_one_line(what, copy, capsys):
     if what == "no folder":
         copy = copy / "nowhere"
@@ -707,8 +709,10 @@ def test_what_cannot_be_checked_ends_with_status_2_and_one_line(what, copy, caps
         (copy / "seed42.json").write_text((copy / "seed42.json").read_text()[:1000])
     elif what == "a list":
         (copy / "seed42.json").write_text("[]")
-    else:
+    elif what == "no keys":
         edit(copy / "seed42.json", lambda r: r.pop("runtime"))
+    else:
+        edit(copy / "seed42.json", lambda r: r["result"].pop("seed"))
     assert make_record.main(["check", str(copy)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
