@@ -413,6 +413,13 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         lambda f: edit_both_logs(f, QUANTIZED, "val_bpb:2.00000000"),
         {"logs": "seed314.json says 'quantized val_loss:"},
     ),
+    "a log that goes on after its result": (
+        lambda f: [
+            (place / "seed42.txt").write_text((f / "seed42.txt").read_text() + "more\n")
+            for place in (f / "runs" / "seed42", f)
+        ],
+        {"logs": "seed42.txt does not end with its result"},
+    ),
     "a missing log": (
         lambda f: (f / "seed999.txt").unlink(),
         {"files": "seed999.txt is missing", "logs": "seed999.txt is missing"},
@@ -565,6 +572,10 @@ def unverified(facts, swap):
     facts["data"]["data_verified"] = False
 
 
+def lighter(facts, swap):
+    facts["result"] |= dict(code_bytes=1, total_bytes=facts["result"]["artifact_bytes"] + 1)
+
+
 def from_checkpoint(facts, swap):
     swap("  checkpoint: \n", "  checkpoint: base.ckpt\n")
     facts["config"]["checkpoint"]["value"] = "base.ckpt"
@@ -588,6 +599,10 @@ BEFORE = {  # what all runs are like: (checks that fail, what they say)
     "too many bytes": (
         large,
         {"bytes": f"{16_000_000 + len(PROGRAM):,} bytes, the limit is 16,000,000"},
+    ),
+    "code that weighs less than it did": (
+        lighter,
+        {"sums": "seed42: code_bytes is not the size of the code that ran"},
     ),
     "data without a proof": (unverified, {"data": "seed42: data not verified"}),
     "weights of another run": (from_checkpoint, {"settings": "from CHECKPOINT=base.ckpt"}),
@@ -637,7 +652,7 @@ def test_a_command_may_use_the_other_name_of_a_setting(tmp_path, monkeypatch):
     assert faults(quickly(folder, monkeypatch)) == {}
 
 
-def test_an_older_json_is_told_what_it_does_not_record(tmp_path, monkeypatch):
+def test_what_a_run_did_not_record_or_finish_is_a_remark(tmp_path, monkeypatch):
     folder = quickly(record(tmp_path), monkeypatch)
     for seed in SEEDS:
         for path in (folder, folder / "runs" / f"seed{seed}"):
@@ -646,8 +661,10 @@ def test_an_older_json_is_told_what_it_does_not_record(tmp_path, monkeypatch):
                 edit(
                     path / f"seed{seed}.json", lambda r, s=stage: r["stages"][s].pop("order_sha256")
                 )
+    edit(folder / "runs" / "seed999" / "seed999.json", lambda r: r["ttt"].update(complete=False))
     text = linter.lint(quickly(folder, monkeypatch)).text()
     assert faults(folder) == {}
+    assert "seed999: adaptation stopped early, to stay in time" in text
     assert "order of scoring: not recorded" in text
     assert "seed42: sha256 of its artifact: not recorded" in text
 
