@@ -474,6 +474,10 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
         ),
         {"audits": "says legal, but C1 failed"},
     ),
+    "an artifact of another size than the result says": (
+        lambda f: both(f, "seed42", lambda r: r["artifact"].update(bytes=1)),
+        {"bytes": "seed42: wrote 1 bytes, its result says"},
+    ),
     "another artifact on disk": (
         lambda f: (f / "runs" / "seed42" / "seed42.bin").write_bytes(
             b"1" * FACTS["result"]["artifact_bytes"]
@@ -704,6 +708,7 @@ def test_the_readable_source_must_be_what_the_packed_file_packs(
     report = linter.Report()
     linter.check_code(linter.Record.read(copy), report)
     assert any(v == verdict and says in text for _, v, text in report.rows)
+    assert any(v is None for _, v, _ in report.rows) == (verdict is None)
     assert report.clean == (verdict is not False)
 
 
