@@ -576,6 +576,10 @@ def unverified(facts, swap):
     facts["data"]["data_verified"] = False
 
 
+def lost_time(facts, swap):
+    facts["budget"]["wall_seconds"] += 100.0
+
+
 def lighter(facts, swap):
     facts["result"] |= dict(code_bytes=1, total_bytes=facts["result"]["artifact_bytes"] + 1)
 
@@ -598,6 +602,10 @@ BEFORE = {  # what all runs are like: (checks that fail, what they say)
     "unbooked time over both limits": (
         unbooked,
         {"budgets": f"seed42: training took {SPENT['training'] + 530:.1f} s of {LIMIT:g} s"},
+    ),
+    "time that nothing accounts for": (
+        lost_time,
+        {"budgets": "phases and unbooked time are not wall_seconds"},
     ),
     "phases that do not add up": (bad_sum, {"budgets": "evaluation 5.0 s, its phases"}),
     "too many bytes": (
