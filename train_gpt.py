@@ -117,8 +117,13 @@ class Config:
     )
     attention: str = knob(
         "auto",
-        "attention kernel; auto: fa3 if installed, else sdpa",
-        choices=("auto", "fa3", "sdpa", "plain"),
+        "attention kernel; auto: fa3 if installed, else sdpa, PyTorch's own choice",
+        choices=("auto", "fa3", "fa4", "cudnn", "flash", "sdpa", "plain"),
+    )
+    kernels: str = knob(
+        "auto",
+        "fused Triton kernels; auto: on CUDA, if they agree there with what they replace",
+        choices=("auto", "0", "1"),
     )
     artifact: str = knob("", "score this artifact instead of training one")
     checkpoint: str = knob("", "quantize and score this checkpoint instead of training")
@@ -172,6 +177,7 @@ class Config:
     gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
+    doc_packing: bool = knob(False, "no step looks from one document into another; scoring does")
     micro_batch_tokens: int = knob(
         98304, "most tokens of one forward on one device [tokens]", low=1
     )
@@ -1253,55 +1259,187 @@ def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
     return DepthPlan(tuple(visits))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+BOS = 1  # the token that opens a document, in every tokenizer of this field
+
+
+class Documents(NamedTuple):
+    """Which document each position belongs to, of rows that hold several.
+
+    ids: (B, T), rising along a row. bounds: (n + 1,) int32, where each document begins in the
+    flattened rows, then their length; of fixed size, so that many documents are empty.
+    """
+
+    ids: Tensor
+    bounds: Tensor
+
+
+def find_documents(tokens: Tensor) -> Documents:
+    """The documents in rows of tokens (B, T); a row's begin is a document's, whatever it holds.
+
+    Shapes depend on B and T alone, so that one graph serves all texts: a row has room for T / 64
+    documents (16 in a short one), and any beyond stay one. FineWeb's have 950 tokens on average.
+    """
+    rows, length = tokens.shape
+    room = torch.arange(min(max(length // 64, 16), length), device=tokens.device)
+    ids = (tokens == BOS).cumsum(1).clamp(max=len(room) - 1)
+    first = (ids[:, None] < room[:, None]).sum(-1)  # (B, room): positions before each document
+    first = first + length * torch.arange(rows, device=tokens.device)[:, None]
+    return Documents(ids, F.pad(first.flatten(), (0, 1), value=rows * length).int())
+
+
+def check_documents(bos: int, cfg: Config) -> None:
+    """Raises: ConfigError if DOC_PACKING cannot see where this tokenizer's documents begin."""
+    if cfg.doc_packing and not cfg.artifact and bos != BOS:
+        raise ConfigError(f"DOC_PACKING=1: the tokenizer's BOS is {bos}, expected {BOS}; unset it")
+
+
+def visible(q: Tensor, documents: Documents | None) -> Tensor:
+    """Whether a query (dim -2) sees a key (dim -1): (T, T), or (B, 1, T, T) with documents."""
+    past = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+    if documents is None:
+        return past
+    return past & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal attention by its definition, in float32: the reference of every other kernel.
 
-    Args: q (B, T, H, D); k, v (B, T, K, D) with H a multiple of K. Returns (B, T, H, D).
+    Args: q (B, T, H, D); k, v (B, T, K, D) with H a multiple of K; documents: positions see only
+    their own; None: all before them. Returns (B, T, H, D).
     """
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
+    groups = q.shape[2] // k.shape[2]
     k, v = (x.float().repeat_interleave(groups, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k) / math.sqrt(q.shape[-1])
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    weights = scores.masked_fill(~visible(q, documents), -math.inf).softmax(-1)
     return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """`plain_attention` by the kernels inside PyTorch."""
+    options = dict(is_causal=True, enable_gqa=True)
+    if documents is not None:  # those with a mask take no grouped heads
+        options = dict(attn_mask=visible(q, documents))
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def wave(*shape: int, like: Tensor, pitch: float = 1.0) -> Tensor:
+    """Numbers without a pattern, within plus or minus 1.7, in the type and place of `like`."""
+    steps = torch.arange(math.prod(shape), device=like.device, dtype=torch.float64)
+    return (1.7 * (steps * pitch).sin()).to(like.dtype).view(shape)
+
+
+def difference(twin: Callable, kernel: Callable, *inputs: Tensor) -> str:
+    """Why a kernel must not stand for its twin; "" if outputs and all gradients agree."""
+    results = []
+    for function in (twin, kernel):
+        own = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*own)
+        out = out if isinstance(out, tuple) else (out,)
+        upstream = [wave(*x.shape, like=x, pitch=2.0) for x in out]
+        results.append([*out, *torch.autograd.grad(out, own, upstream)])
+    tolerance = 0.01 if inputs[0].dtype == torch.float32 else 0.04  # of TF32 and of bfloat16
+    for expected, got in zip(*results, strict=True):
+        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not error <= tolerance:  # also if it is no number
+            return f"it is wrong by {error:.1e} of the largest value on this device"
+    return ""
+
+
+def one_backend(choice: str) -> Callable:
+    """`sdpa_attention` by one kernel inside PyTorch alone.
+
+    "fa4" puts FlashAttention 4 in the place of "flash", for the whole process. Raises
+    AttributeError, ImportError, RuntimeError or ValueError where that cannot be.
+    """
+    backends = torch.nn.attention.SDPBackend
+    backend = backends.CUDNN_ATTENTION if choice == "cudnn" else backends.FLASH_ATTENTION
+    if choice == "fa4":
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None and backend == backends.FLASH_ATTENTION:
+            varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+            rows, bounds, most = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
+            options = dict(window_size=(-1, 0), enable_gqa=True)
+            return varlen(*rows, bounds, bounds, most, most, **options).view_as(q)
+        with torch.nn.attention.sdpa_kernel(backend):
+            return sdpa_attention(q, k, v, documents)
+
+    return attention
+
+
+def flash_attention_3(device: torch.device, dtype: torch.dtype) -> tuple[Callable | None, str]:
+    """FlashAttention 3 as an attention kernel, or None and why not.
+
+    It is one module under two names, by the age of the package; it needs a Hopper GPU and 16 bits.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None, "the device is no Hopper GPU"
+    if dtype == torch.float32:
+        return None, "activations are float32"
+    why_not = []
+    for name in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
+        try:
+            package = importlib.import_module(name)
+            break
+        except ImportError as error:
+            why_not.append(f"{name} does not import ({error})")
+    else:
+        return None, why_not[0]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is None:
+            out = package.flash_attn_func(q, k, v, causal=True)
+        else:
+            rows, bounds, most = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
+            out = package.flash_attn_varlen_func(
+                *rows,
+                cu_seqlens_q=bounds,
+                cu_seqlens_k=bounds,
+                max_seqlen_q=most,
+                max_seqlen_k=most,
+                causal=True,
+            )
+        # older wheels return (out, log-sum-exp)
+        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+    return attention, "installed"
 
 
 def select_attention(
-    choice: str, device: torch.device, dtype: torch.dtype
+    choice: str, device: torch.device, dtype: torch.dtype, *, packed: bool = False
 ) -> tuple[str, Callable, str]:
     """Decide once which attention kernel a run uses: (name, function, reason).
 
-    FlashAttention 3 is the package `flash_attn_interface`; it needs a Hopper GPU and 16-bit types.
+    packed: it must be able to keep documents apart.
     Raises: ConfigError if the choice cannot be honoured.
     """
-    why_not_fa3 = ""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        why_not_fa3 = "the device is no Hopper GPU"
-    elif dtype == torch.float32:
-        why_not_fa3 = "activations are float32"
-    else:
-        try:
-            flash = importlib.import_module("flash_attn_interface").flash_attn_func
-        except ImportError as error:
-            why_not_fa3 = f"flash_attn_interface does not import ({error})"
-    if choice == "fa3" and why_not_fa3:
-        raise ConfigError(f"ATTENTION=fa3: {why_not_fa3}; unset it or set ATTENTION=sdpa")
-    if choice == "plain":
-        return "plain", plain_attention, "as set"
-    if choice == "sdpa" or why_not_fa3:
-        return "sdpa", sdpa_attention, "as set" if choice == "sdpa" else f"no fa3: {why_not_fa3}"
-
-    def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older wheels return (out, log-sum-exp)
-
-    return "fa3", fa3_attention, "as set" if choice == "fa3" else "installed"
+    named = {"plain": plain_attention, "sdpa": sdpa_attention}
+    if choice in named:
+        return choice, named[choice], "as set"
+    if choice in ("auto", "fa3"):
+        kernel, why = flash_attention_3(device, dtype)
+        if kernel is None and choice == "fa3":
+            raise ConfigError(f"ATTENTION=fa3: {why}; unset it or set ATTENTION=sdpa")
+        if kernel is None:
+            return "sdpa", sdpa_attention, f"no fa3: {why}"
+        return "fa3", kernel, "as set" if choice == "fa3" else why
+    try:
+        kernel = one_backend(choice)
+        q = wave(2, 64, 4, 64, like=torch.empty((), device=device, dtype=dtype))
+        documents = find_documents((q[:, :, 0, 0] > 1).long()) if packed else None
+        problem = difference(
+            lambda q: plain_attention(q, q[:, :, :2], q[:, :, 2:], documents),
+            lambda q: kernel(q, q[:, :, :2], q[:, :, 2:], documents),
+            q,
+        )
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"{error}".strip().splitlines()[0]
+    if problem:
+        raise ConfigError(f"ATTENTION={choice}: {problem}; unset it or set ATTENTION=sdpa")
+    return choice, kernel, "as set"
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1330,15 +1468,605 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
 
 
+class Kernels(NamedTuple):
+    """The parts of the model that exist twice: as PyTorch operations and as Triton kernels.
+
+    cross_entropy: (logits (N, V) before the cap, targets (N,), cap, reduction) -> nats, float32.
+    mlp_up: (x (..., D), weight (H, D), slope) -> LeakyReLU squared of the product, (..., H).
+    norm_rotate: (q (B, T, H, D), k (B, T, K, D), gain (H,), rotary table) -> q and k.
+    exclude_self: (y (B, T, H, D), v (B, T, K, D)) -> (B, T, H, D).
+    mix_norm: (x, x0 (B, T, D), mix (2, D), scale) -> the mix and its scaled norm.
+    """
+
+    cross_entropy: Callable
+    mlp_up: Callable
+    norm_rotate: Callable
+    exclude_self: Callable
+    mix_norm: Callable
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed smoothly into plus or minus cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+    """Loss of the capped logits; see `Kernels`."""
+    return F.cross_entropy(softcap(logits, cap), targets, reduction=reduction)
+
+
+def mlp_up(x: Tensor, weight: Tensor, slope: float) -> Tensor:
+    """The MLP up to its second matrix; see `Kernels`."""
+    return F.leaky_relu(F.linear(x, weight), slope).square()
+
+
+def norm_rotate(
+    q: Tensor, k: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Normalise, rotate, and give each query head its gain; see `Kernels`."""
+    q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))
+    return q * gain[:, None].to(q.dtype), k
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
+    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
+def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Mix the embedding stream into the running one, and normalise; see `Kernels`."""
+    mix = mix.to(x.dtype)
+    x = mix[0] * x + mix[1] * x0
+    return x, rms_norm(x) * scale
+
+
+EAGER = Kernels(cross_entropy, mlp_up, norm_rotate, exclude_self, mix_norm)
+
+
+def operator(name: str, signature: str, allocate: Callable, launch: Callable) -> Any:
+    """A custom operator, one opaque node of a compiled graph.
+
+    Args:
+        allocate: the operator's arguments -> its outputs, unwritten; also called to learn shapes.
+        launch: called with outputs and arguments, tensors contiguous; fills the outputs.
+    """
+
+    def run(*args: Any) -> Any:
+        made = allocate(*args)
+        outputs = made if isinstance(made, tuple) else (made,)
+        launch(*outputs, *(x.contiguous() if isinstance(x, Tensor) else x for x in args))
+        return made
+
+    custom = torch.library.custom_op(f"train_gpt::{name}", run, mutates_args=(), schema=signature)
+    custom.register_fake(allocate)
+    return custom
+
+
+def tile(width: int) -> dict[str, int]:
+    """Rows and columns of a tile of whole rows: about 2,048 numbers for four warps."""
+    columns = 1 << (width - 1).bit_length()
+    return dict(ROWS=max(2048 // columns, 1), COLUMNS=columns)
+
+
+# Below, the name `tl` and the annotations belong to Triton's language, which reads the source of
+# its functions. Arithmetic is float32; what is stored takes the type of where it is stored.
+# Derivatives are written out where they stand; EPS is that of F.rms_norm for 16 and 32 bits.
+
+
+def triton_cross_entropy() -> Callable:
+    """`cross_entropy` that reads the logits once each way and stores no float32 ones.
+
+    Each lane of a row keeps its largest capped logit and the sum of exponentials relative to it.
+    tanh(x) = 2 s - 1 with s = sigmoid(2 x), and its derivative is 4 s (1 - s).
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def losses(loss, lse, logits, targets, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        top = tl.full((BLOCK,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, V, BLOCK):
+            inside = first + column < V
+            x = tl.load(logits + row * V + first + column, mask=inside, other=0.0).to(tl.float32)
+            capped = tl.where(inside, cap * (2 * tl.sigmoid(2 * x / cap) - 1), -1e30)
+            higher = tl.maximum(top, capped)
+            total = total * tl.exp(top - higher) + tl.where(inside, tl.exp(capped - higher), 0.0)
+            top = higher
+        highest = tl.max(top, 0)
+        log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+        x = tl.load(logits + row * V + tl.load(targets + row)).to(tl.float32)
+        tl.store(lse + row, log_sum)
+        tl.store(loss + row, log_sum - cap * (2 * tl.sigmoid(2 * x / cap) - 1))
+
+    @triton.jit
+    def slopes(out, grad, logits, targets, lse, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
+        half = tl.sigmoid(2 * x / cap)
+        share = tl.exp(cap * (2 * half - 1) - tl.load(lse + row))
+        share -= tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        slope = tl.load(grad + row) * share * 4 * half * (1 - half)
+        tl.store(out + row * V + column, slope, mask=column < V)
+
+    def launch_losses(loss: Tensor, lse: Tensor, logits: Tensor, *rest: Any) -> None:
+        rows, width = logits.shape
+        sizes = dict(V=width, BLOCK=min(1024, tile(width)["COLUMNS"]))
+        losses[(rows,)](loss, lse, logits, *rest, **sizes)
+
+    def launch_slopes(out: Tensor, grad: Tensor, logits: Tensor, *rest: Any) -> None:
+        rows, width = logits.shape
+        sizes = dict(V=width, BLOCK=min(2048, tile(width)["COLUMNS"]))
+        slopes[(rows, triton.cdiv(width, sizes["BLOCK"]))](out, grad, logits, *rest, **sizes)
+
+    return connect_cross_entropy(launch_losses, launch_slopes)
+
+
+def connect_cross_entropy(launch_losses: Callable, launch_slopes: Callable) -> Callable:
+    """The two kernels as one differentiable function."""
+    score = operator(
+        "cross_entropy",
+        "(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
+        lambda logits, targets, cap: tuple(
+            logits.new_empty(len(logits), dtype=torch.float32) for _ in ("loss", "lse")
+        ),
+        launch_losses,
+    )
+    score_grad = operator(
+        "cross_entropy_grad",
+        "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float cap) -> Tensor",
+        lambda grad, logits, *rest: logits.new_empty(logits.shape),
+        launch_slopes,
+    )
+
+    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.cap = inputs[2]
+
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+        return score_grad(grad, *ctx.saved_tensors, ctx.cap), None, None
+
+    score.register_autograd(backward, setup_context=save)
+
+    def function(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        losses = score(logits, targets, cap)[0]
+        return losses.mean() if reduction == "mean" else losses
+
+    return function
+
+
+def triton_mlp_up() -> Callable:
+    """`mlp_up` as one matrix product that squares what it has in registers.
+
+    It also stores the product itself, for the gradient. The two products of the gradient are
+    PyTorch's; the factor before them is one pass that torch.compile makes a kernel of.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(
+        out,
+        pre,
+        x,
+        weight,
+        slope,
+        rows,
+        hidden,
+        WIDTH: tl.constexpr,
+        M: tl.constexpr,
+        N: tl.constexpr,
+        K: tl.constexpr,
+    ):
+        # Neighbouring programs read the same rows of x; the whole weight stays in the cache.
+        across = tl.cdiv(hidden, N)
+        row = (tl.program_id(0) // across * M + tl.arange(0, M)).to(tl.int64)[:, None]
+        column = (tl.program_id(0) % across * N + tl.arange(0, N))[None]
+        inner = tl.arange(0, K)
+        total = tl.zeros((M, N), tl.float32)
+        for first in range(0, WIDTH, K):
+            place = first + inner
+            a_inside = (row < rows) & (place < WIDTH)[None]
+            b_inside = (place < WIDTH)[:, None] & (column < hidden)
+            a = tl.load(x + row * WIDTH + place[None], mask=a_inside, other=0.0)
+            b = tl.load(weight + column * WIDTH + place[:, None], mask=b_inside, other=0.0)
+            total = tl.dot(a, b, total)
+        inside, places = (row < rows) & (column < hidden), row * hidden + column
+        z = total.to(pre.dtype.element_ty)
+        tl.store(pre + places, z, mask=inside)
+        z = z.to(tl.float32)
+        z = tl.where(z > 0, z, slope * z)
+        tl.store(out + places, z * z, mask=inside)
+
+    def launch(out: Tensor, pre: Tensor, x: Tensor, weight: Tensor, slope: float) -> None:
+        rows, (hidden, width) = x.numel() // x.shape[-1], weight.shape
+        sizes = dict(M=128, N=256, K=128 // x.element_size(), num_warps=8, num_stages=3)
+        grid = (triton.cdiv(rows, sizes["M"]) * triton.cdiv(hidden, sizes["N"]),)
+        product[grid](out, pre, x, weight, slope, rows, hidden, WIDTH=width, **sizes)
+
+    def allocate(x: Tensor, weight: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+        shape = *x.shape[:-1], len(weight)
+        return x.new_empty(shape), x.new_empty(shape)
+
+    up = operator(
+        "mlp_up", "(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", allocate, launch
+    )
+
+    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.slope = inputs[2]
+
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+        x, weight, pre = ctx.saved_tensors
+        grad = (torch.where(pre > 0, 2.0, 2.0 * ctx.slope**2) * pre * grad).to(pre.dtype)
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), None
+
+    up.register_autograd(backward, setup_context=save)
+    return lambda x, weight, slope: up(x, weight, slope)[0]
+
+
+def triton_norm_rotate() -> Callable:
+    """`norm_rotate` in one pass, each way; a row is a head at a position.
+
+    A rotated column meets its partner, `HALF` columns away, by reading the row a second time.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def turn(
+        out,
+        along,
+        grad,
+        x,
+        cos,
+        sin,
+        gain,
+        rows,
+        T,
+        HEADS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        HALF: tl.constexpr,
+        BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        column = tl.arange(0, COLUMNS)[None]
+        inside, turned = (row < rows) & (column < WIDTH), column < 2 * HALF
+        place = row * WIDTH + column
+        partner = place + tl.where(turned, tl.where(column < HALF, HALF, -HALF), 0)
+        angle = row // HEADS % T * HALF + column % HALF
+        c = tl.load(cos + angle, mask=inside & turned, other=1.0)
+        s = tl.load(sin + angle, mask=inside & turned, other=0.0)
+        s = tl.where(column < HALF, s, -s)
+        scale = tl.load(gain + row % HEADS, mask=row < rows, other=0.0).to(tl.float32)
+        z = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
+        if BACKWARD:
+            up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            other = tl.load(grad + partner, mask=inside, other=0.0).to(tl.float32)
+            z, back = z * inverse, up * c - other * s
+            own = tl.sum(z * back, 1)[:, None]
+            tl.store(along + row, own, mask=row < rows)
+            tl.store(out + place, scale * inverse * (back - z * own / WIDTH), mask=inside)
+        else:
+            other = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + place, scale * inverse * (z * c + other * s), mask=inside)
+
+    def launch(backward: bool, out: Tensor, along: Tensor, grad: Tensor, x: Tensor, *rest: Any):
+        (_, length, heads, width), half = x.shape, rest[0].shape[-1]
+        sizes = dict(HEADS=heads, WIDTH=width, HALF=half, BACKWARD=backward, **tile(width))
+        rows = x.numel() // width
+        grid = (triton.cdiv(rows, sizes["ROWS"]),)
+        turn[grid](out, along, grad, x, *rest, rows, length, **sizes)
+
+    return connect_norm_rotate(
+        lambda out, x, *rest: launch(False, out, out, x, x, *rest),
+        lambda *args: launch(True, *args),
+    )
+
+
+def connect_norm_rotate(launch_forward: Callable, launch_backward: Callable) -> Callable:
+    """The kernel, both ways, as one differentiable function."""
+    forward = operator(
+        "norm_rotate",
+        "(Tensor x, Tensor cos, Tensor sin, Tensor gain) -> Tensor",
+        lambda x, *rest: x.new_empty(x.shape),
+        launch_forward,
+    )
+    gradient = operator(
+        "norm_rotate_grad",
+        "(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor gain) -> (Tensor, Tensor)",
+        lambda grad, x, cos, *rest: (x.new_empty(x.shape), cos.new_empty(x.shape[:-1])),
+        launch_backward,
+    )
+
+    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        out, along = gradient(grad, *ctx.saved_tensors)
+        return out, None, None, along.sum((0, 1))
+
+    forward.register_autograd(backward, setup_context=save)
+
+    def function(
+        q: Tensor, k: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return forward(q, *rotary, gain), forward(k, *rotary, gain.new_ones(k.shape[2]))
+
+    return function
+
+
+def triton_exclude_self() -> Callable:
+    """`exclude_self` in one pass, each way; a row is a value head at a position."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def project(
+        out,
+        out_v,
+        grad,
+        y,
+        v,
+        rows,
+        GROUPS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        column = tl.arange(0, COLUMNS)[None]
+        inside = (row < rows) & (column < WIDTH)
+        own = tl.load(v + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        length = tl.maximum(tl.sqrt(tl.sum(own * own, 1))[:, None], 1e-12)
+        own = own / length
+        back = tl.zeros((ROWS, COLUMNS), tl.float32)  # the gradient of `own`
+        for group in tl.static_range(GROUPS):
+            place = (row * GROUPS + group) * WIDTH + column
+            z = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+            along = tl.sum(z * own, 1)[:, None]
+            if BACKWARD:
+                up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+                up_along = tl.sum(up * own, 1)[:, None]
+                back -= along * up + up_along * z
+                tl.store(out + place, up - up_along * own, mask=inside)
+            else:
+                tl.store(out + place, z - along * own, mask=inside)
+        if BACKWARD:
+            back = (back - tl.sum(back * own, 1)[:, None] * own) / length
+            tl.store(out_v + row * WIDTH + column, back, mask=inside)
+
+    def launch(backward: bool, out: Tensor, out_v: Tensor, grad: Tensor, y: Tensor, v: Tensor):
+        width = v.shape[-1]
+        rows, groups = v.numel() // width, y.shape[2] // v.shape[2]
+        sizes = dict(GROUPS=groups, WIDTH=width, BACKWARD=backward, **tile(width))
+        project[(triton.cdiv(rows, sizes["ROWS"]),)](out, out_v, grad, y, v, rows, **sizes)
+
+    forward = operator(
+        "exclude_self",
+        "(Tensor y, Tensor v) -> Tensor",
+        lambda y, v: y.new_empty(y.shape),
+        lambda out, y, v: launch(False, out, out, y, y, v),
+    )
+    gradient = operator(
+        "exclude_self_grad",
+        "(Tensor grad, Tensor y, Tensor v) -> (Tensor, Tensor)",
+        lambda grad, y, v: (y.new_empty(y.shape), v.new_empty(v.shape)),
+        lambda *args: launch(True, *args),
+    )
+    forward.register_autograd(
+        lambda ctx, grad: gradient(grad, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return forward
+
+
+def triton_mix_norm() -> Callable:
+    """`mix_norm` in one pass, each way; backward, a program sums the gradient of `mix` over LOOP
+    tiles of rows, and PyTorch adds up the programs.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def blend(
+        mixed,
+        normed,
+        x,
+        x0,
+        mix,
+        scale,
+        rows,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        column = tl.arange(0, COLUMNS)[None]
+        inside, place = (row < rows) & (column < WIDTH), row * WIDTH + column
+        a = tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        b = tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        z = a * tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        z += b * tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
+        tl.store(mixed + place, z, mask=inside)
+        tl.store(normed + place, z * inverse * scale, mask=inside)
+
+    @triton.jit
+    def unblend(
+        out,
+        out0,
+        sums,
+        grad_mixed,
+        grad_normed,
+        x,
+        x0,
+        mix,
+        scale,
+        rows,
+        WIDTH: tl.constexpr,
+        LOOP: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        column = tl.arange(0, COLUMNS)[None]
+        a = tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        b = tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        sum_a = tl.zeros((ROWS, COLUMNS), tl.float32)
+        sum_b = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in range(LOOP):
+            row = (tl.program_id(0) * LOOP + step) * ROWS + tl.arange(0, ROWS)
+            row = row.to(tl.int64)[:, None]
+            inside, place = (row < rows) & (column < WIDTH), row * WIDTH + column
+            u = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
+            z = a * u + b * w
+            inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
+            z *= inverse
+            up = scale * tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
+            up = inverse * (up - z * tl.sum(up * z, 1)[:, None] / WIDTH)
+            up += tl.load(grad_mixed + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + place, a * up, mask=inside)
+            tl.store(out0 + place, b * up, mask=inside)
+            sum_a += up * u
+            sum_b += up * w
+        first = sums + tl.program_id(0) * 2 * WIDTH + column
+        tl.store(first, tl.sum(sum_a, 0)[None], mask=column < WIDTH)
+        tl.store(first + WIDTH, tl.sum(sum_b, 0)[None], mask=column < WIDTH)
+
+    def launch_blend(*args: Any) -> None:
+        x = args[2]
+        width, rows = x.shape[-1], x.numel() // x.shape[-1]
+        sizes = tile(width)
+        blend[(triton.cdiv(rows, sizes["ROWS"]),)](*args, rows, WIDTH=width, **sizes)
+
+    def launch_unblend(*args: Any) -> None:
+        x, sums = args[0], args[2]
+        width, rows = x.shape[-1], x.numel() // x.shape[-1]
+        unblend[(len(sums),)](*args, rows, WIDTH=width, LOOP=MIX_LOOP, **tile(width))
+
+    return connect_mix_norm(launch_blend, launch_unblend)
+
+
+MIX_LOOP = 16
+
+
+def connect_mix_norm(launch_blend: Callable, launch_unblend: Callable) -> Callable:
+    """The two kernels as one differentiable function."""
+
+    def allocate(up: Tensor, up_normed: Tensor, x: Tensor, x0: Tensor, mix: Tensor, scale: float):
+        width = x.shape[-1]
+        programs = -(-(x.numel() // width) // (MIX_LOOP * tile(width)["ROWS"]))
+        sums = mix.new_empty(programs, 2, width, dtype=torch.float32)
+        return x.new_empty(x.shape), x.new_empty(x.shape), sums
+
+    forward = operator(
+        "mix_norm",
+        "(Tensor x, Tensor x0, Tensor mix, float scale) -> (Tensor, Tensor)",
+        lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
+        launch_blend,
+    )
+    gradient = operator(
+        "mix_norm_grad",
+        "(Tensor up, Tensor up_normed, Tensor x, Tensor x0, Tensor mix, float scale)"
+        " -> (Tensor, Tensor, Tensor)",
+        allocate,
+        launch_unblend,
+    )
+
+    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.scale = inputs[3]
+
+    def backward(ctx: Any, up: Tensor, up_normed: Tensor) -> tuple:
+        out, out0, sums = gradient(up, up_normed, *ctx.saved_tensors, ctx.scale)
+        return out, out0, sums.sum(0).to(ctx.saved_tensors[2].dtype), None
+
+    forward.register_autograd(backward, setup_context=save)
+    return forward
+
+
+@functools.lru_cache(maxsize=1)
+def triton_kernels() -> Kernels:
+    """The Triton twin of `EAGER`. Raises ImportError where there is no Triton."""
+    return Kernels(
+        triton_cross_entropy(),
+        triton_mlp_up(),
+        triton_norm_rotate(),
+        triton_exclude_self(),
+        triton_mix_norm(),
+    )
+
+
+@functools.lru_cache
+def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
+    """What speaks against the Triton kernels on this device, "" for nothing: tries each of them."""
+    try:
+        kernels, knobs_of_triton = triton_kernels(), importlib.import_module("triton.knobs")
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    if device.type != "cuda" and not knobs_of_triton.runtime.interpret:
+        return "the device is no GPU"
+    like = torch.empty((), device=device, dtype=dtype)
+    targets = torch.arange(6, device=device) * 11
+    rotary = tuple(wave(3, 1, 4, like=like.float(), pitch=pitch) for pitch in (1.1, 1.2))
+    x = wave(2, 3, 48, like=like)
+    q, v = x.view(2, 3, 4, 12), wave(2, 3, 2, 12, like=like, pitch=1.3)
+    cases = dict(
+        cross_entropy=(lambda f, x: f(x, targets, 5.0, "none"), 10 * wave(6, 70, like=like)),
+        mlp_up=(lambda f, x, w: f(x, w, 0.5), x, wave(80, 48, like=like, pitch=1.4)),
+        norm_rotate=(lambda f, *a: f(*a, rotary), q, v, wave(4, like=like.float())),
+        exclude_self=(lambda f, *a: f(*a), q, v),
+        mix_norm=(lambda f, *a: f(*a, 0.5), x, x.roll(1), wave(2, 48, like=like.float())),
+    )
+    for name, (call, *inputs) in cases.items():
+        twin, kernel = (functools.partial(call, getattr(k, name)) for k in (EAGER, kernels))
+        try:
+            problem = difference(twin, kernel, *inputs)
+        except Exception as error:  # whatever a compiler may raise on a device it does not know
+            problem = f"{type(error).__name__}: " + f"{error}".strip().partition("\n")[0]
+        if problem:
+            return f"{name}: {problem}"
+    return ""
+
+
+def select_kernels(
+    choice: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Kernels, str]:
+    """Decide once which twins a run uses: (name, kernels, reason).
+
+    On a CPU there are Triton kernels in Triton's interpreter alone, and only by KERNELS=1.
+    Raises: ConfigError if the choice cannot be honoured.
+    """
+    if choice == "0":
+        return "eager", EAGER, "as set"
+    on_gpu = choice == "1" or device.type == "cuda"
+    fault = kernel_fault(device, dtype) if on_gpu else "the device is no GPU"
+    if fault and choice == "1":
+        raise ConfigError(f"KERNELS=1: {fault}; unset it or set KERNELS=0")
+    if fault:
+        return "eager", EAGER, f"no triton: {fault}"
+    return "triton", triton_kernels(), "as set" if choice == "1" else "each agrees with its twin"
+
+
 class Linear(nn.Linear):
     """A matrix without bias, kept in float32 and cast to the type of its input at use."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
+    def forward(self, x: Tensor, fake_bits: int = 0, product: Callable = F.linear) -> Tensor:
         weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
-        return F.linear(x, weight.to(x.dtype))
+        return product(x, weight.to(x.dtype))
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
@@ -1353,9 +2081,10 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with grouped heads, normalised queries and keys, q-gain and optional XSA."""
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
+    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
         super().__init__()
         self.head_dim, self.kernel = cfg.model_dim // cfg.num_heads, kernel
+        self.kernels = kernels
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q = Linear(cfg.model_dim, cfg.model_dim)
         self.k = Linear(cfg.model_dim, self.head_dim * cfg.num_kv_heads)
@@ -1369,36 +2098,30 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         value: Tensor | None = None,
         fake_bits: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         q, k, v = (m(x, fake_bits) for m in (self.q, self.k, self.v))
         if value is not None:
             v = v + value
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
-        q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))  # (B, T, H or K, D)
-        y = self.kernel(q * self.q_gain[:, None].to(q.dtype), k, v)
+        q, k = self.kernels.norm_rotate(q, k, self.q_gain, rotary)  # (B, T, H or K, D)
+        y = self.kernel(q, k, v, documents)
         if self.exclusive:
-            y = exclude_self(y, v)
+            y = self.kernels.exclude_self(y, v)
         return self.out(y.flatten(-2), fake_bits)
-
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
-    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
-    own = F.normalize(v, dim=-1)[:, :, :, None]
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
 class MLP(nn.Module):
     """Up, LeakyReLU squared, down."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
         self.up = Linear(cfg.model_dim, cfg.mlp_hidden)
         self.down = Linear(cfg.mlp_hidden, cfg.model_dim)
-        self.slope = cfg.leaky_relu_slope
+        self.product = functools.partial(kernels.mlp_up, slope=cfg.leaky_relu_slope)
 
     def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x, fake_bits), self.slope).square(), fake_bits)
+        return self.down(self.up(x, fake_bits, self.product), fake_bits)
 
 
 class Block(nn.Module):
@@ -1408,9 +2131,10 @@ class Block(nn.Module):
     1/sqrt(layer + 1) takes the physical layer, also on repeated visits.
     """
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
+    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, layer, kernel, kernels), MLP(cfg, kernels)
+        self.mix_norm = kernels.mix_norm
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(
@@ -1427,15 +2151,15 @@ class Block(nn.Module):
         form: str,
         value: Tensor | None = None,
         fake_bits: int = 0,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The running stream and the second lane, which only the form "lanes" reads and moves."""
-        mix, attn_scale, mlp_scale = (
-            p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale)
-        )
-        x = mix[0] * x + mix[1] * x0
-        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, rotary, value, fake_bits)
-        source = {"sequential": mid, "gptj": x, "lanes": lane}[form]
-        update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, fake_bits)
+        attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale))
+        x, normed = self.mix_norm(x, x0, self.resid_mix, self.norm_scale)
+        mid = x + attn_scale * self.attn(normed, rotary, value, fake_bits, documents)
+        if form != "gptj":
+            normed = rms_norm(lane if form == "lanes" else mid) * self.norm_scale
+        update = mlp_scale * self.mlp(normed, fake_bits)
         return (mid, lane + update) if form == "lanes" else (mid + update, lane)
 
 
@@ -1448,10 +2172,12 @@ class BigramHash(nn.Module):
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, tokens: Tensor, dtype: torch.dtype, *, packed: bool = False) -> Tensor:
         last, now = len(self.table) - 1, tokens.int()
         rows = torch.bitwise_xor(36313 * now[:, 1:], 27191 * now[:, :-1]) % last
         rows = F.pad(rows, (1, 0), value=last)  # the first token has no neighbour
+        if packed:
+            rows = rows.masked_fill(tokens == BOS, last)
         return self.scale.to(dtype) * self.proj(F.embedding(rows, self.table).to(dtype))
 
 
@@ -1482,11 +2208,14 @@ class GPT(nn.Module):
         cfg: Config,
         kernel: Callable = plain_attention,
         compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = EAGER,
     ):
         super().__init__()
-        self.cfg, self.compute_dtype = cfg, compute_dtype
+        self.cfg, self.compute_dtype, self.kernels = cfg, compute_dtype, kernels
         self.head = Linear(cfg.model_dim, cfg.vocab_size)
-        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(cfg, layer, kernel, kernels) for layer in range(cfg.num_layers)
+        )
         skips = max(depth_plan(cfg, looped=looped).skips for looped in (False, True))
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
         # What an option does not need does not exist.
@@ -1515,15 +2244,18 @@ class GPT(nn.Module):
             nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
             nn.init.zeros_(self.value_embedding.proj.weight)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The input stream (B, T, D)."""
+    def embed(self, tokens: Tensor, *, packed: bool = False) -> Tensor:
+        """The input stream (B, T, D); packed: a document's first token has none before it."""
         x = F.embedding(tokens, self.head.weight).to(self.compute_dtype)
         if self.bigram is not None:
-            x = x + self.bigram(tokens, x.dtype)
+            x = x + self.bigram(tokens, x.dtype, packed=packed)
         x = rms_norm(x)
         if self.cfg.smear_gate_enabled:
             gate = self.smear_gate.sigmoid().to(x.dtype)
-            x = (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if packed:
+                before = before.masked_fill((tokens == BOS)[..., None], 0)
+            x = (1 - gate) * x + gate * before
         return x
 
     def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
@@ -1542,6 +2274,7 @@ class GPT(nn.Module):
         plan: DepthPlan,
         reduction: str = "mean",
         tail: int | None = None,
+        packed: bool = False,
     ) -> Tensor:
         """Logits, or the loss of targets.
 
@@ -1550,10 +2283,12 @@ class GPT(nn.Module):
             plan: the visits of this forward.
             reduction: "mean", or "none" for a loss per target; in nats.
             tail: score only the last so many positions of each row; None: all.
+            packed: no position sees another document than its own; positions count on.
         Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
         """
         rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        x = x0 = lane = self.embed(tokens)
+        documents = find_documents(tokens) if packed else None
+        x = x0 = lane = self.embed(tokens, packed=packed)
         values = self.value_embedding(tokens, x.dtype) if self.value_embedding is not None else {}
         skips, lanes = [], False
         for visit in plan.visits:
@@ -1562,18 +2297,18 @@ class GPT(nn.Module):
             if visit.form == "lanes" and not lanes:
                 lane, lanes = x, True
             block, value = self.blocks[visit.layer], values.get(visit.layer)
-            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits)
+            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits, documents)
             if visit.push:
                 skips.append(x)
         if lanes:
             x = self.lane_merge.to(x.dtype) * x + (1 - self.lane_merge).to(x.dtype) * lane
         if tail is not None:
             x, targets = x[:, -tail:], None if targets is None else targets[:, -tail:]
-        cap = self.cfg.logit_softcap
-        logits = cap * torch.tanh(self.head(rms_norm(x)).float() / cap)
+        cap, logits = self.cfg.logit_softcap, self.head(rms_norm(x))
         if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+            return softcap(logits, cap)
+        rows = logits.flatten(0, 1), targets.flatten()
+        losses = self.kernels.cross_entropy(*rows, cap, reduction)
         return losses if reduction == "mean" else losses.view_as(targets)
 
     def flops_per_token(self, plan: DepthPlan, length: int) -> float:
@@ -1870,7 +2605,7 @@ def train_step(
     count = cfg.micro_batches(rt.world_size) * rt.world_size
     total = torch.zeros((), device=windows.device)
     for micro in windows.chunk(count // rt.world_size):
-        loss = forward(*inputs_and_targets(micro), plan=plan) / count
+        loss = forward(*inputs_and_targets(micro), plan=plan, packed=cfg.doc_packing) / count
         loss.backward()
         total += loss.detach()
     apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
@@ -2634,7 +3369,8 @@ def load_model(
     if found != expected:
         name, shape = sorted(found.items() ^ expected.items())[0]
         raise ArtifactError(f"{origin}: tensor {name} {shape} does not belong to its model")
-    model = GPT(cfg, kernel, rt.compute_dtype)
+    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
     model.load_state_dict(tensors)
     return model.to(rt.device), cfg, header
 
@@ -2937,8 +3673,11 @@ def run(cfg: Config, rt: Runtime, log: Log) -> None:
             cfg = cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
     with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
-        select_attention(cfg.attention, rt.device, rt.compute_dtype)
+        packed = cfg.doc_packing and not cfg.artifact
+        select_attention(cfg.attention, rt.device, rt.compute_dtype, packed=packed)
+        select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
         table = ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
+        check_documents(table.bos, cfg)
         shards = find_shards(cfg.dataset_dir, "val")
         val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
         trains = not cfg.artifact
@@ -3059,8 +3798,10 @@ def train_model(
     loader: Loader, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
 ) -> tuple[GPT, Callable, Trained]:
     """A model trained from scratch: (model, its forward, perhaps compiled, and its training)."""
-    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype)
+    attention = cfg.attention, rt.device, rt.compute_dtype
+    _, kernel, _ = select_attention(*attention, packed=cfg.doc_packing)
+    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
     model.init_weights(cfg.seed)
     forward = rt.compile(model.to(rt.device))
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
