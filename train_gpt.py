@@ -1220,10 +1220,12 @@ class DepthPlan(NamedTuple):
     """The visits of one forward, in order. Immutable: one compiled graph for each plan.
 
     fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
+    packed: no position sees another document than its own; rotary positions count on.
     """
 
     visits: tuple[Visit, ...]
     fake_bits: int = 0
+    packed: bool = False
 
     @property
     def encoder(self) -> list[int]:
@@ -1347,23 +1349,34 @@ def difference(twin: Callable, kernel: Callable, *inputs: Tensor) -> str:
     return ""
 
 
-def one_backend(choice: str) -> Callable:
+def by_document(
+    varlen: Callable, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any
+) -> Tensor:
+    """Attention by a kernel for rows of several lengths laid end to end: a row a document."""
+    flat, bounds, longest = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
+    out = varlen(*flat, bounds, bounds, longest, longest, **options)
+    return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+
+@functools.lru_cache
+def one_backend(choice: str, *, packed: bool) -> Callable:
     """`sdpa_attention` by one kernel inside PyTorch alone.
 
-    "fa4" puts FlashAttention 4 in the place of "flash", for the whole process. Raises
-    AttributeError, ImportError, RuntimeError or ValueError where that cannot be.
+    "fa4" puts FlashAttention 4 in the place of "flash", for the whole process.
+    Raises: AttributeError, ImportError or RuntimeError where that cannot be.
     """
     backends = torch.nn.attention.SDPBackend
     backend = backends.CUDNN_ATTENTION if choice == "cudnn" else backends.FLASH_ATTENTION
     if choice == "fa4":
         torch.nn.attention.activate_flash_attention_impl("FA4")
+    varlen = None
+    if packed and choice != "cudnn":
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        if documents is not None and backend == backends.FLASH_ATTENTION:
-            varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-            rows, bounds, most = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
+        if documents is not None and varlen is not None:
             options = dict(window_size=(-1, 0), enable_gqa=True)
-            return varlen(*rows, bounds, bounds, most, most, **options).view_as(q)
+            return by_document(varlen, q, k, v, documents, **options)
         with torch.nn.attention.sdpa_kernel(backend):
             return sdpa_attention(q, k, v, documents)
 
@@ -1390,20 +1403,10 @@ def flash_attention_3(device: torch.device, dtype: torch.dtype) -> tuple[Callabl
         return None, why_not[0]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        if documents is None:
-            out = package.flash_attn_func(q, k, v, causal=True)
-        else:
-            rows, bounds, most = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
-            out = package.flash_attn_varlen_func(
-                *rows,
-                cu_seqlens_q=bounds,
-                cu_seqlens_k=bounds,
-                max_seqlen_q=most,
-                max_seqlen_k=most,
-                causal=True,
-            )
-        # older wheels return (out, log-sum-exp)
-        return (out[0] if isinstance(out, tuple) else out).view_as(q)
+        if documents is not None:
+            return by_document(package.flash_attn_varlen_func, q, k, v, documents, causal=True)
+        out = package.flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # older wheels: (out, log-sum-exp)
 
     return attention, "installed"
 
@@ -1427,7 +1430,7 @@ def select_attention(
             return "sdpa", sdpa_attention, f"no fa3: {why}"
         return "fa3", kernel, "as set" if choice == "fa3" else why
     try:
-        kernel = one_backend(choice)
+        kernel = one_backend(choice, packed=packed)
         q = wave(2, 64, 4, 64, like=torch.empty((), device=device, dtype=dtype))
         documents = find_documents((q[:, :, 0, 0] > 1).long()) if packed else None
         problem = difference(
@@ -1436,7 +1439,7 @@ def select_attention(
             q,
         )
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"{error}".strip().splitlines()[0]
+        problem = f"{error}".partition(". ")[0].partition("\n")[0]
     if problem:
         raise ConfigError(f"ATTENTION={choice}: {problem}; unset it or set ATTENTION=sdpa")
     return choice, kernel, "as set"
@@ -1525,34 +1528,72 @@ def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, 
 EAGER = Kernels(cross_entropy, mlp_up, norm_rotate, exclude_self, mix_norm)
 
 
-def operator(name: str, signature: str, allocate: Callable, launch: Callable) -> Any:
-    """A custom operator, one opaque node of a compiled graph.
+def operator(
+    name: str,
+    inputs: str,
+    wrt: Sequence[int],
+    shapes: Callable,
+    compute: Callable,
+    kept: Sequence[int] = (),
+) -> Callable:
+    """A differentiable function that is one opaque node of a compiled graph, each way.
 
     Args:
-        allocate: the operator's arguments -> its outputs, unwritten; also called to learn shapes.
-        launch: called with outputs and arguments, tensors contiguous; fills the outputs.
+        inputs: the arguments as an operator's schema names them, tensors first.
+        wrt: places of the arguments that get a gradient.
+        shapes: (*arguments) -> outputs, unwritten, contiguous.
+        compute: (None, *arguments) -> outputs; (gradients of outputs and then kept outputs,
+            *arguments) -> gradients. All tensors come contiguous.
+        kept: places of the outputs, the last ones, that only the gradient reads.
     """
 
-    def run(*args: Any) -> Any:
-        made = allocate(*args)
-        outputs = made if isinstance(made, tuple) else (made,)
-        launch(*outputs, *(x.contiguous() if isinstance(x, Tensor) else x for x in args))
+    def contiguous(x: Any) -> Any:
+        if isinstance(x, list):
+            return [contiguous(part) for part in x]
+        return x.contiguous() if isinstance(x, Tensor) else x
+
+    def define(label: str, signature: str, fake: Callable, real: Callable) -> Any:
+        made = torch.library.custom_op(
+            f"train_gpt::{label}",
+            lambda *args: real(*map(contiguous, args)),
+            mutates_args=(),
+            schema=f"({signature}) -> Tensor[]",
+        )
+        made.register_fake(fake)
         return made
 
-    custom = torch.library.custom_op(f"train_gpt::{name}", run, mutates_args=(), schema=signature)
-    custom.register_fake(allocate)
-    return custom
+    def save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(output[place] for place in kept), *tensors)
+        ctx.rest = inputs[len(tensors) :]
+
+    def backward(ctx: Any, ups: list[Tensor]) -> tuple:
+        saved, read = ctx.saved_tensors, len(ups) - len(kept)
+        args = *saved[len(kept) :], *ctx.rest
+        grads = gradient([*ups[:read], *saved[: len(kept)]], *args)
+        found = dict(zip(wrt, grads, strict=True))
+        return tuple(found.get(place) for place in range(len(args)))
+
+    gradient = define(
+        f"{name}_grad",
+        f"Tensor[] ups, {inputs}",
+        lambda ups, *args: [args[place].new_empty(args[place].shape) for place in wrt],
+        compute,
+    )
+    function = define(name, inputs, shapes, functools.partial(compute, None))
+    function.register_autograd(backward, setup_context=save)
+    return function
 
 
-def tile(width: int) -> dict[str, int]:
-    """Rows and columns of a tile of whole rows: about 2,048 numbers for four warps."""
+def tile(width: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of whole rows: about 2,048 numbers for four warps."""
     columns = 1 << (width - 1).bit_length()
-    return dict(ROWS=max(2048 // columns, 1), COLUMNS=columns)
+    return max(2048 // columns, 1), columns
 
 
 # Below, the name `tl` and the annotations belong to Triton's language, which reads the source of
-# its functions. Arithmetic is float32; what is stored takes the type of where it is stored.
-# Derivatives are written out where they stand; EPS is that of F.rms_norm for 16 and 32 bits.
+# its functions. Arithmetic is float32; what is stored takes the type of where it is stored. The
+# small number in a norm is that of F.rms_norm.
 
 
 def triton_cross_entropy() -> Callable:
@@ -1565,77 +1606,55 @@ def triton_cross_entropy() -> Callable:
     import triton.language as tl
 
     @triton.jit
-    def losses(loss, lse, logits, targets, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+    def losses(loss, lse, logits, targets, cap, width: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         top = tl.full((BLOCK,), -1e30, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, V, BLOCK):
-            inside = first + column < V
-            x = tl.load(logits + row * V + first + column, mask=inside, other=0.0).to(tl.float32)
-            capped = tl.where(inside, cap * (2 * tl.sigmoid(2 * x / cap) - 1), -1e30)
-            higher = tl.maximum(top, capped)
+        for first in range(0, width, BLOCK):
+            inside = first + column < width
+            x = tl.load(logits + row * width + first + column, mask=inside, other=0.0)
+            capped = cap * (2 * tl.sigmoid(2 * x.to(tl.float32) / cap) - 1)
+            higher = tl.maximum(top, tl.where(inside, capped, -1e30))
             total = total * tl.exp(top - higher) + tl.where(inside, tl.exp(capped - higher), 0.0)
             top = higher
         highest = tl.max(top, 0)
         log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-        x = tl.load(logits + row * V + tl.load(targets + row)).to(tl.float32)
+        x = tl.load(logits + row * width + tl.load(targets + row)).to(tl.float32)
         tl.store(lse + row, log_sum)
         tl.store(loss + row, log_sum - cap * (2 * tl.sigmoid(2 * x / cap) - 1))
 
     @triton.jit
-    def slopes(out, grad, logits, targets, lse, cap, V: tl.constexpr, BLOCK: tl.constexpr):
+    def slopes(out, grad, lse, logits, targets, cap, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
+        x = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(tl.float32)
         half = tl.sigmoid(2 * x / cap)
         share = tl.exp(cap * (2 * half - 1) - tl.load(lse + row))
         share -= tl.where(column == tl.load(targets + row), 1.0, 0.0)
         slope = tl.load(grad + row) * share * 4 * half * (1 - half)
-        tl.store(out + row * V + column, slope, mask=column < V)
+        tl.store(out + row * width + column, slope, mask=column < width)
 
-    def launch_losses(loss: Tensor, lse: Tensor, logits: Tensor, *rest: Any) -> None:
-        rows, width = logits.shape
-        sizes = dict(V=width, BLOCK=min(1024, tile(width)["COLUMNS"]))
-        losses[(rows,)](loss, lse, logits, *rest, **sizes)
+    def shapes(logits: Tensor, *_: Any) -> list[Tensor]:
+        return [logits.new_empty(len(logits), dtype=torch.float32) for _ in ("loss", "log sum")]
 
-    def launch_slopes(out: Tensor, grad: Tensor, logits: Tensor, *rest: Any) -> None:
-        rows, width = logits.shape
-        sizes = dict(V=width, BLOCK=min(2048, tile(width)["COLUMNS"]))
-        slopes[(rows, triton.cdiv(width, sizes["BLOCK"]))](out, grad, logits, *rest, **sizes)
+    def compute(ups: list[Tensor] | None, logits: Tensor, targets: Tensor, cap: float):
+        (rows, width), (_, block) = logits.shape, tile(logits.shape[1])
+        if ups is None:
+            outputs = shapes(logits)
+            losses[(rows,)](*outputs, logits, targets, cap, width, min(block, 1024))
+        else:
+            outputs, block = [torch.empty_like(logits)], min(block, 2048)
+            grid = rows, triton.cdiv(width, block)
+            slopes[grid](*outputs, *ups, logits, targets, cap, width, block)
+        return outputs
 
-    return connect_cross_entropy(launch_losses, launch_slopes)
-
-
-def connect_cross_entropy(launch_losses: Callable, launch_slopes: Callable) -> Callable:
-    """The two kernels as one differentiable function."""
-    score = operator(
-        "cross_entropy",
-        "(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)",
-        lambda logits, targets, cap: tuple(
-            logits.new_empty(len(logits), dtype=torch.float32) for _ in ("loss", "lse")
-        ),
-        launch_losses,
-    )
-    score_grad = operator(
-        "cross_entropy_grad",
-        "(Tensor grad, Tensor logits, Tensor targets, Tensor lse, float cap) -> Tensor",
-        lambda grad, logits, *rest: logits.new_empty(logits.shape),
-        launch_slopes,
-    )
-
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:2], output[1])
-        ctx.cap = inputs[2]
-
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-        return score_grad(grad, *ctx.saved_tensors, ctx.cap), None, None
-
-    score.register_autograd(backward, setup_context=save)
+    inputs = "Tensor logits, Tensor targets, float cap"
+    score = operator("cross_entropy", inputs, (0,), shapes, compute, kept=(1,))
 
     def function(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
-        losses = score(logits, targets, cap)[0]
-        return losses.mean() if reduction == "mean" else losses
+        each = score(logits, targets, cap)[0]
+        return each.mean() if reduction == "mean" else each
 
     return function
 
@@ -1643,165 +1662,114 @@ def connect_cross_entropy(launch_losses: Callable, launch_slopes: Callable) -> C
 def triton_mlp_up() -> Callable:
     """`mlp_up` as one matrix product that squares what it has in registers.
 
-    It also stores the product itself, for the gradient. The two products of the gradient are
-    PyTorch's; the factor before them is one pass that torch.compile makes a kernel of.
+    It also stores the product itself, for the gradient, whose two products are PyTorch's.
     """
     import triton
     import triton.language as tl
 
     @triton.jit
-    def product(
-        out,
-        pre,
-        x,
-        weight,
-        slope,
-        rows,
-        hidden,
-        WIDTH: tl.constexpr,
-        M: tl.constexpr,
-        N: tl.constexpr,
-        K: tl.constexpr,
-    ):
+    def product(out, pre, x, weight, slope, rows, hidden, width: tl.constexpr, TILE: tl.constexpr):
         # Neighbouring programs read the same rows of x; the whole weight stays in the cache.
+        M: tl.constexpr = TILE[0]
+        N: tl.constexpr = TILE[1]
+        K: tl.constexpr = TILE[2]
         across = tl.cdiv(hidden, N)
         row = (tl.program_id(0) // across * M + tl.arange(0, M)).to(tl.int64)[:, None]
         column = (tl.program_id(0) % across * N + tl.arange(0, N))[None]
-        inner = tl.arange(0, K)
         total = tl.zeros((M, N), tl.float32)
-        for first in range(0, WIDTH, K):
-            place = first + inner
-            a_inside = (row < rows) & (place < WIDTH)[None]
-            b_inside = (place < WIDTH)[:, None] & (column < hidden)
-            a = tl.load(x + row * WIDTH + place[None], mask=a_inside, other=0.0)
-            b = tl.load(weight + column * WIDTH + place[:, None], mask=b_inside, other=0.0)
+        for first in range(0, width, K):
+            inner = first + tl.arange(0, K)
+            inside = (row < rows) & (inner < width)[None]
+            a = tl.load(x + row * width + inner[None], mask=inside, other=0.0)
+            inside = (inner < width)[:, None] & (column < hidden)
+            b = tl.load(weight + column * width + inner[:, None], mask=inside, other=0.0)
             total = tl.dot(a, b, total)
-        inside, places = (row < rows) & (column < hidden), row * hidden + column
+        inside, place = (row < rows) & (column < hidden), row * hidden + column
         z = total.to(pre.dtype.element_ty)
-        tl.store(pre + places, z, mask=inside)
+        tl.store(pre + place, z, mask=inside)
         z = z.to(tl.float32)
         z = tl.where(z > 0, z, slope * z)
-        tl.store(out + places, z * z, mask=inside)
+        tl.store(out + place, z * z, mask=inside)
 
-    def launch(out: Tensor, pre: Tensor, x: Tensor, weight: Tensor, slope: float) -> None:
-        rows, (hidden, width) = x.numel() // x.shape[-1], weight.shape
-        sizes = dict(M=128, N=256, K=128 // x.element_size(), num_warps=8, num_stages=3)
-        grid = (triton.cdiv(rows, sizes["M"]) * triton.cdiv(hidden, sizes["N"]),)
-        product[grid](out, pre, x, weight, slope, rows, hidden, WIDTH=width, **sizes)
+    @triton.jit
+    def factor(out, grad, pre, slope, size, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(pre + place, mask=place < size, other=0.0).to(tl.float32)
+        up = tl.load(grad + place, mask=place < size, other=0.0).to(tl.float32)
+        tl.store(out + place, up * tl.where(z > 0, 2.0, 2 * slope * slope) * z, mask=place < size)
 
-    def allocate(x: Tensor, weight: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-        shape = *x.shape[:-1], len(weight)
-        return x.new_empty(shape), x.new_empty(shape)
+    def shapes(x: Tensor, weight: Tensor, slope: float) -> list[Tensor]:
+        return [x.new_empty(*x.shape[:-1], len(weight)) for _ in ("squared", "product")]
 
-    up = operator(
-        "mlp_up", "(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)", allocate, launch
-    )
+    def compute(ups: list[Tensor] | None, x: Tensor, weight: Tensor, slope: float):
+        (hidden, width), rows = weight.shape, x.numel() // x.shape[-1]
+        if ups is None:
+            outputs, sizes = shapes(x, weight, slope), (128, 256, 128 // x.element_size())
+            grid = (triton.cdiv(rows, sizes[0]) * triton.cdiv(hidden, sizes[1]),)
+            args = *outputs, x, weight, slope, rows, hidden, width
+            product[grid](*args, sizes, num_warps=8, num_stages=3)
+            return outputs
+        grad, size = torch.empty_like(ups[0]), ups[0].numel()
+        factor[(triton.cdiv(size, 2048),)](grad, *ups, slope, size, 2048)
+        return [grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)]
 
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:2], output[1])
-        ctx.slope = inputs[2]
-
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-        x, weight, pre = ctx.saved_tensors
-        grad = (torch.where(pre > 0, 2.0, 2.0 * ctx.slope**2) * pre * grad).to(pre.dtype)
-        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), None
-
-    up.register_autograd(backward, setup_context=save)
+    inputs = "Tensor x, Tensor weight, float slope"
+    up = operator("mlp_up", inputs, (0, 1), shapes, compute, kept=(1,))
     return lambda x, weight, slope: up(x, weight, slope)[0]
 
 
 def triton_norm_rotate() -> Callable:
     """`norm_rotate` in one pass, each way; a row is a head at a position.
 
-    A rotated column meets its partner, `HALF` columns away, by reading the row a second time.
+    A rotated column meets its partner, `half` columns away, by reading the row a second time.
     """
     import triton
     import triton.language as tl
 
     @triton.jit
-    def turn(
-        out,
-        along,
-        grad,
-        x,
-        cos,
-        sin,
-        gain,
-        rows,
-        T,
-        HEADS: tl.constexpr,
-        WIDTH: tl.constexpr,
-        HALF: tl.constexpr,
-        BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        column = tl.arange(0, COLUMNS)[None]
-        inside, turned = (row < rows) & (column < WIDTH), column < 2 * HALF
-        place = row * WIDTH + column
-        partner = place + tl.where(turned, tl.where(column < HALF, HALF, -HALF), 0)
-        angle = row // HEADS % T * HALF + column % HALF
+    def turn(out, along, grad, x, cos, sin, gain, rows, length, heads, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        half: tl.constexpr = SHAPE[3]
+        row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        column = tl.arange(0, C)[None]
+        inside, turned = (row < rows) & (column < width), column < 2 * half
+        place = row * width + column
+        partner = place + tl.where(turned, tl.where(column < half, half, -half), 0)
+        angle = row // heads % length * half + column % half
         c = tl.load(cos + angle, mask=inside & turned, other=1.0)
         s = tl.load(sin + angle, mask=inside & turned, other=0.0)
-        s = tl.where(column < HALF, s, -s)
-        scale = tl.load(gain + row % HEADS, mask=row < rows, other=0.0).to(tl.float32)
+        s = tl.where(column < half, s, -s)
+        scale = tl.load(gain + row % heads, mask=row < rows, other=0.0).to(tl.float32)
         z = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
-        if BACKWARD:
+        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / width + 1.1920928955078125e-07)
+        if grad is None:
+            other = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + place, scale * inverse * (z * c + other * s), mask=inside)
+        else:
             up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
             other = tl.load(grad + partner, mask=inside, other=0.0).to(tl.float32)
             z, back = z * inverse, up * c - other * s
             own = tl.sum(z * back, 1)[:, None]
             tl.store(along + row, own, mask=row < rows)
-            tl.store(out + place, scale * inverse * (back - z * own / WIDTH), mask=inside)
-        else:
-            other = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + place, scale * inverse * (z * c + other * s), mask=inside)
+            tl.store(out + place, scale * inverse * (back - z * own / width), mask=inside)
 
-    def launch(backward: bool, out: Tensor, along: Tensor, grad: Tensor, x: Tensor, *rest: Any):
-        (_, length, heads, width), half = x.shape, rest[0].shape[-1]
-        sizes = dict(HEADS=heads, WIDTH=width, HALF=half, BACKWARD=backward, **tile(width))
-        rows = x.numel() // width
-        grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        turn[grid](out, along, grad, x, *rest, rows, length, **sizes)
+    def compute(ups: list[Tensor] | None, x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor):
+        (_, length, heads, width), rows = x.shape, x.numel() // x.shape[-1]
+        out, along, up = torch.empty_like(x), None, None
+        if ups is not None:
+            along, up = x.new_empty(x.shape[:-1], dtype=torch.float32), ups[0]
+        args = out, along, up, x, cos, sin, gain, rows, length, heads
+        turn[(triton.cdiv(rows, tile(width)[0]),)](*args, (*tile(width), width, cos.shape[-1]))
+        return [out] if ups is None else [out, along.sum((0, 1)).to(gain.dtype)]
 
-    return connect_norm_rotate(
-        lambda out, x, *rest: launch(False, out, out, x, x, *rest),
-        lambda *args: launch(True, *args),
+    inputs = "Tensor x, Tensor cos, Tensor sin, Tensor gain"
+    one = operator("norm_rotate", inputs, (0, 3), lambda x, *_: [x.new_empty(x.shape)], compute)
+    return lambda q, k, gain, rotary: (
+        one(q, *rotary, gain)[0],
+        one(k, *rotary, gain.new_ones(k.shape[2]))[0],
     )
-
-
-def connect_norm_rotate(launch_forward: Callable, launch_backward: Callable) -> Callable:
-    """The kernel, both ways, as one differentiable function."""
-    forward = operator(
-        "norm_rotate",
-        "(Tensor x, Tensor cos, Tensor sin, Tensor gain) -> Tensor",
-        lambda x, *rest: x.new_empty(x.shape),
-        launch_forward,
-    )
-    gradient = operator(
-        "norm_rotate_grad",
-        "(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor gain) -> (Tensor, Tensor)",
-        lambda grad, x, cos, *rest: (x.new_empty(x.shape), cos.new_empty(x.shape[:-1])),
-        launch_backward,
-    )
-
-    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        out, along = gradient(grad, *ctx.saved_tensors)
-        return out, None, None, along.sum((0, 1))
-
-    forward.register_autograd(backward, setup_context=save)
-
-    def function(
-        q: Tensor, k: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        return forward(q, *rotary, gain), forward(k, *rotary, gain.new_ones(k.shape[2]))
-
-    return function
 
 
 def triton_exclude_self() -> Callable:
@@ -1810,189 +1778,104 @@ def triton_exclude_self() -> Callable:
     import triton.language as tl
 
     @triton.jit
-    def project(
-        out,
-        out_v,
-        grad,
-        y,
-        v,
-        rows,
-        GROUPS: tl.constexpr,
-        WIDTH: tl.constexpr,
-        BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        column = tl.arange(0, COLUMNS)[None]
-        inside = (row < rows) & (column < WIDTH)
-        own = tl.load(v + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(own * own, 1))[:, None], 1e-12)
-        own = own / length
-        back = tl.zeros((ROWS, COLUMNS), tl.float32)  # the gradient of `own`
-        for group in tl.static_range(GROUPS):
-            place = (row * GROUPS + group) * WIDTH + column
+    def project(out, out_v, grad, y, v, rows, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        groups: tl.constexpr = SHAPE[3]
+        row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        column = tl.arange(0, C)[None]
+        inside = (row < rows) & (column < width)
+        own = tl.load(v + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        size = tl.maximum(tl.sqrt(tl.sum(own * own, 1))[:, None], 1e-12)
+        own = own / size
+        back = tl.zeros((R, C), tl.float32)  # the gradient of `own`
+        for group in tl.static_range(groups):
+            place = (row * groups + group) * width + column
             z = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
             along = tl.sum(z * own, 1)[:, None]
-            if BACKWARD:
+            if grad is None:
+                tl.store(out + place, z - along * own, mask=inside)
+            else:
                 up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
                 up_along = tl.sum(up * own, 1)[:, None]
                 back -= along * up + up_along * z
                 tl.store(out + place, up - up_along * own, mask=inside)
-            else:
-                tl.store(out + place, z - along * own, mask=inside)
-        if BACKWARD:
-            back = (back - tl.sum(back * own, 1)[:, None] * own) / length
-            tl.store(out_v + row * WIDTH + column, back, mask=inside)
+        if grad is not None:
+            back = (back - tl.sum(back * own, 1)[:, None] * own) / size
+            tl.store(out_v + row * width + column, back, mask=inside)
 
-    def launch(backward: bool, out: Tensor, out_v: Tensor, grad: Tensor, y: Tensor, v: Tensor):
-        width = v.shape[-1]
-        rows, groups = v.numel() // width, y.shape[2] // v.shape[2]
-        sizes = dict(GROUPS=groups, WIDTH=width, BACKWARD=backward, **tile(width))
-        project[(triton.cdiv(rows, sizes["ROWS"]),)](out, out_v, grad, y, v, rows, **sizes)
+    def compute(ups: list[Tensor] | None, y: Tensor, v: Tensor) -> list[Tensor]:
+        width, groups = v.shape[-1], y.shape[2] // v.shape[2]
+        out, out_v, rows = torch.empty_like(y), torch.empty_like(v), v.numel() // width
+        args = out, out_v, ups and ups[0], y, v, rows, (*tile(width), width, groups)
+        project[(triton.cdiv(rows, tile(width)[0]),)](*args)
+        return [out] if ups is None else [out, out_v]
 
-    forward = operator(
-        "exclude_self",
-        "(Tensor y, Tensor v) -> Tensor",
-        lambda y, v: y.new_empty(y.shape),
-        lambda out, y, v: launch(False, out, out, y, y, v),
-    )
-    gradient = operator(
-        "exclude_self_grad",
-        "(Tensor grad, Tensor y, Tensor v) -> (Tensor, Tensor)",
-        lambda grad, y, v: (y.new_empty(y.shape), v.new_empty(v.shape)),
-        lambda *args: launch(True, *args),
-    )
-    forward.register_autograd(
-        lambda ctx, grad: gradient(grad, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    )
-    return forward
+    def shapes(y: Tensor, v: Tensor) -> list[Tensor]:
+        return [y.new_empty(y.shape)]
+
+    one = operator("exclude_self", "Tensor y, Tensor v", (0, 1), shapes, compute)
+    return lambda y, v: one(y, v)[0]
 
 
 def triton_mix_norm() -> Callable:
-    """`mix_norm` in one pass, each way; backward, a program sums the gradient of `mix` over LOOP
-    tiles of rows, and PyTorch adds up the programs.
+    """`mix_norm` in one pass, each way; a program takes 16 tiles of rows, one after the other.
+
+    Each program sums its part of the gradient of `mix`; PyTorch adds up the programs.
     """
     import triton
     import triton.language as tl
 
     @triton.jit
-    def blend(
-        mixed,
-        normed,
-        x,
-        x0,
-        mix,
-        scale,
-        rows,
-        WIDTH: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        column = tl.arange(0, COLUMNS)[None]
-        inside, place = (row < rows) & (column < WIDTH), row * WIDTH + column
-        a = tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        b = tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        z = a * tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        z += b * tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
-        tl.store(mixed + place, z, mask=inside)
-        tl.store(normed + place, z * inverse * scale, mask=inside)
-
-    @triton.jit
-    def unblend(
-        out,
-        out0,
-        sums,
-        grad_mixed,
-        grad_normed,
-        x,
-        x0,
-        mix,
-        scale,
-        rows,
-        WIDTH: tl.constexpr,
-        LOOP: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        column = tl.arange(0, COLUMNS)[None]
-        a = tl.load(mix + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        b = tl.load(mix + WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        sum_a = tl.zeros((ROWS, COLUMNS), tl.float32)
-        sum_b = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in range(LOOP):
-            row = (tl.program_id(0) * LOOP + step) * ROWS + tl.arange(0, ROWS)
-            row = row.to(tl.int64)[:, None]
-            inside, place = (row < rows) & (column < WIDTH), row * WIDTH + column
+    def blend(out, out2, sums, up_x, up_normed, x, x0, mix, scale, rows, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        column = tl.arange(0, C)[None]
+        a = tl.load(mix + column, mask=column < width, other=0.0).to(tl.float32)
+        b = tl.load(mix + width + column, mask=column < width, other=0.0).to(tl.float32)
+        sum_a = tl.zeros((R, C), tl.float32)
+        sum_b = tl.zeros((R, C), tl.float32)
+        for step in range(16):
+            row = (tl.program_id(0) * 16 + step) * R + tl.arange(0, R)[:, None]
+            inside, place = (row < rows) & (column < width), row.to(tl.int64) * width + column
             u = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
             z = a * u + b * w
-            inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / WIDTH + 1.1920928955078125e-07)
-            z *= inverse
-            up = scale * tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
-            up = inverse * (up - z * tl.sum(up * z, 1)[:, None] / WIDTH)
-            up += tl.load(grad_mixed + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + place, a * up, mask=inside)
-            tl.store(out0 + place, b * up, mask=inside)
-            sum_a += up * u
-            sum_b += up * w
-        first = sums + tl.program_id(0) * 2 * WIDTH + column
-        tl.store(first, tl.sum(sum_a, 0)[None], mask=column < WIDTH)
-        tl.store(first + WIDTH, tl.sum(sum_b, 0)[None], mask=column < WIDTH)
+            inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / width + 1.1920928955078125e-07)
+            if sums is None:
+                tl.store(out + place, z, mask=inside)
+                tl.store(out2 + place, z * inverse * scale, mask=inside)
+            else:
+                z *= inverse
+                up = scale * tl.load(up_normed + place, mask=inside, other=0.0).to(tl.float32)
+                up = inverse * (up - z * tl.sum(up * z, 1)[:, None] / width)
+                up += tl.load(up_x + place, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out + place, a * up, mask=inside)
+                tl.store(out2 + place, b * up, mask=inside)
+                sum_a += up * u
+                sum_b += up * w
+        if sums is not None:
+            first = sums + tl.program_id(0) * 2 * width + column
+            tl.store(first, tl.sum(sum_a, 0)[None], mask=column < width)
+            tl.store(first + width, tl.sum(sum_b, 0)[None], mask=column < width)
 
-    def launch_blend(*args: Any) -> None:
-        x = args[2]
-        width, rows = x.shape[-1], x.numel() // x.shape[-1]
-        sizes = tile(width)
-        blend[(triton.cdiv(rows, sizes["ROWS"]),)](*args, rows, WIDTH=width, **sizes)
+    def compute(ups: list[Tensor] | None, x: Tensor, x0: Tensor, mix: Tensor, scale: float):
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        programs = triton.cdiv(rows, 16 * tile(width)[0])
+        outputs = [torch.empty_like(x) for _ in range(2)]
+        sums = None if ups is None else mix.new_empty(programs, 2, width, dtype=torch.float32)
+        args = *outputs, sums, *(ups or (None, None)), x, x0, mix, scale, rows
+        blend[(programs,)](*args, (*tile(width), width))
+        return outputs if ups is None else [*outputs, sums.sum(0).to(mix.dtype)]
 
-    def launch_unblend(*args: Any) -> None:
-        x, sums = args[0], args[2]
-        width, rows = x.shape[-1], x.numel() // x.shape[-1]
-        unblend[(len(sums),)](*args, rows, WIDTH=width, LOOP=MIX_LOOP, **tile(width))
+    def shapes(x: Tensor, *_: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape) for _ in range(2)]
 
-    return connect_mix_norm(launch_blend, launch_unblend)
-
-
-MIX_LOOP = 16
-
-
-def connect_mix_norm(launch_blend: Callable, launch_unblend: Callable) -> Callable:
-    """The two kernels as one differentiable function."""
-
-    def allocate(up: Tensor, up_normed: Tensor, x: Tensor, x0: Tensor, mix: Tensor, scale: float):
-        width = x.shape[-1]
-        programs = -(-(x.numel() // width) // (MIX_LOOP * tile(width)["ROWS"]))
-        sums = mix.new_empty(programs, 2, width, dtype=torch.float32)
-        return x.new_empty(x.shape), x.new_empty(x.shape), sums
-
-    forward = operator(
-        "mix_norm",
-        "(Tensor x, Tensor x0, Tensor mix, float scale) -> (Tensor, Tensor)",
-        lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
-        launch_blend,
-    )
-    gradient = operator(
-        "mix_norm_grad",
-        "(Tensor up, Tensor up_normed, Tensor x, Tensor x0, Tensor mix, float scale)"
-        " -> (Tensor, Tensor, Tensor)",
-        allocate,
-        launch_unblend,
-    )
-
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.scale = inputs[3]
-
-    def backward(ctx: Any, up: Tensor, up_normed: Tensor) -> tuple:
-        out, out0, sums = gradient(up, up_normed, *ctx.saved_tensors, ctx.scale)
-        return out, out0, sums.sum(0).to(ctx.saved_tensors[2].dtype), None
-
-    forward.register_autograd(backward, setup_context=save)
-    return forward
+    inputs = "Tensor x, Tensor x0, Tensor mix, float scale"
+    one = operator("mix_norm", inputs, (0, 1, 2), shapes, compute)
+    return lambda *args: tuple(one(*args))
 
 
 @functools.lru_cache(maxsize=1)
@@ -2033,7 +1916,7 @@ def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
         try:
             problem = difference(twin, kernel, *inputs)
         except Exception as error:  # whatever a compiler may raise on a device it does not know
-            problem = f"{type(error).__name__}: " + f"{error}".strip().partition("\n")[0]
+            problem = f"{type(error).__name__}: " + f"{error}".partition("\n")[0]
         if problem:
             return f"{name}: {problem}"
     return ""
@@ -2157,9 +2040,8 @@ class Block(nn.Module):
         attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale))
         x, normed = self.mix_norm(x, x0, self.resid_mix, self.norm_scale)
         mid = x + attn_scale * self.attn(normed, rotary, value, fake_bits, documents)
-        if form != "gptj":
-            normed = rms_norm(lane if form == "lanes" else mid) * self.norm_scale
-        update = mlp_scale * self.mlp(normed, fake_bits)
+        source = {"sequential": mid, "gptj": x, "lanes": lane}[form]
+        update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, fake_bits)
         return (mid, lane + update) if form == "lanes" else (mid + update, lane)
 
 
@@ -2274,7 +2156,6 @@ class GPT(nn.Module):
         plan: DepthPlan,
         reduction: str = "mean",
         tail: int | None = None,
-        packed: bool = False,
     ) -> Tensor:
         """Logits, or the loss of targets.
 
@@ -2283,12 +2164,11 @@ class GPT(nn.Module):
             plan: the visits of this forward.
             reduction: "mean", or "none" for a loss per target; in nats.
             tail: score only the last so many positions of each row; None: all.
-            packed: no position sees another document than its own; positions count on.
         Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
         """
         rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        documents = find_documents(tokens) if packed else None
-        x = x0 = lane = self.embed(tokens, packed=packed)
+        documents = find_documents(tokens) if plan.packed else None
+        x = x0 = lane = self.embed(tokens, packed=plan.packed)
         values = self.value_embedding(tokens, x.dtype) if self.value_embedding is not None else {}
         skips, lanes = [], False
         for visit in plan.visits:
@@ -2602,10 +2482,11 @@ def train_step(
     Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
     Changes the model and the optimizers in place.
     """
+    plan = plan._replace(packed=cfg.doc_packing)  # here alone: scoring reads on
     count = cfg.micro_batches(rt.world_size) * rt.world_size
     total = torch.zeros((), device=windows.device)
     for micro in windows.chunk(count // rt.world_size):
-        loss = forward(*inputs_and_targets(micro), plan=plan, packed=cfg.doc_packing) / count
+        loss = forward(*inputs_and_targets(micro), plan=plan) / count
         loss.backward()
         total += loss.detach()
     apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
