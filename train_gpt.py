@@ -1615,8 +1615,9 @@ def triton_cross_entropy() -> Callable:
             inside = first + column < width
             x = tl.load(logits + row * width + first + column, mask=inside, other=0.0)
             capped = cap * (2 * tl.sigmoid(2 * x.to(tl.float32) / cap) - 1)
-            higher = tl.maximum(top, tl.where(inside, capped, -1e30))
-            total = total * tl.exp(top - higher) + tl.where(inside, tl.exp(capped - higher), 0.0)
+            capped = tl.where(inside, capped, -1e30)
+            higher = tl.maximum(top, capped)
+            total = total * tl.exp(top - higher) + tl.exp(capped - higher)
             top = higher
         highest = tl.max(top, 0)
         log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
