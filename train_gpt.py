@@ -1609,8 +1609,7 @@ def triton_cross_entropy() -> Callable:
     def losses(loss, lse, logits, targets, cap, width: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
-        top = tl.full((BLOCK,), -1e30, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+        top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
         for first in range(0, width, BLOCK):
             inside = first + column < width
             x = tl.load(logits + row * width + first + column, mask=inside, other=0.0)
@@ -1621,8 +1620,8 @@ def triton_cross_entropy() -> Callable:
             top = higher
         highest = tl.max(top, 0)
         log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-        x = tl.load(logits + row * width + tl.load(targets + row)).to(tl.float32)
         tl.store(lse + row, log_sum)
+        x = tl.load(logits + row * width + tl.load(targets + row)).to(tl.float32)
         tl.store(loss + row, log_sum - cap * (2 * tl.sigmoid(2 * x / cap) - 1))
 
     @triton.jit
@@ -1631,24 +1630,24 @@ def triton_cross_entropy() -> Callable:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(tl.float32)
         half = tl.sigmoid(2 * x / cap)
-        share = tl.exp(cap * (2 * half - 1) - tl.load(lse + row))
-        share -= tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        slope = tl.load(grad + row) * share * 4 * half * (1 - half)
+        hit = tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        slope = tl.exp(cap * (2 * half - 1) - tl.load(lse + row)) - hit
+        slope *= tl.load(grad + row) * 4 * half * (1 - half)
         tl.store(out + row * width + column, slope, mask=column < width)
 
     def shapes(logits: Tensor, *_: Any) -> list[Tensor]:
         return [logits.new_empty(len(logits), dtype=torch.float32) for _ in ("loss", "log sum")]
 
     def compute(ups: list[Tensor] | None, logits: Tensor, targets: Tensor, cap: float):
-        (rows, width), (_, block) = logits.shape, tile(logits.shape[1])
+        rows, width = logits.shape
+        block = min(tile(width)[1], 1024)
         if ups is None:
             outputs = shapes(logits)
-            losses[(rows,)](*outputs, logits, targets, cap, width, min(block, 1024))
-        else:
-            outputs, block = [torch.empty_like(logits)], min(block, 2048)
-            grid = rows, triton.cdiv(width, block)
-            slopes[grid](*outputs, *ups, logits, targets, cap, width, block)
-        return outputs
+            losses[(rows,)](*outputs, logits, targets, cap, width, block)
+            return outputs
+        out, grid = torch.empty_like(logits), (rows, triton.cdiv(width, block))
+        slopes[grid](out, *ups, logits, targets, cap, width, block)
+        return [out]
 
     inputs = "Tensor logits, Tensor targets, float cap"
     score = operator("cross_entropy", inputs, (0,), shapes, compute, kept=(1,))
