@@ -1592,15 +1592,14 @@ def tile(width: int) -> tuple[int, int]:
 
 
 # Below, the name `tl` and the annotations belong to Triton's language, which reads the source of
-# its functions. Arithmetic is float32; what is stored takes the type of where it is stored. The
-# small number in a norm is that of F.rms_norm.
+# its functions. Arithmetic is float32; what is stored takes the type of where it is stored. SHAPE
+# holds the rows R and columns C of a tile, then true widths. A norm's small number is F.rms_norm's.
 
 
 def triton_cross_entropy() -> Callable:
     """`cross_entropy` that reads the logits once each way and stores no float32 ones.
 
-    Each lane of a row keeps its largest capped logit and the sum of exponentials relative to it.
-    tanh(x) = 2 s - 1 with s = sigmoid(2 x), and its derivative is 4 s (1 - s).
+    tanh(x) = 2 s - 1 with s = sigmoid(2 x), of derivative 4 s (1 - s); each lane has a sum of exp.
     """
     import triton
     import triton.language as tl
@@ -1807,7 +1806,8 @@ def triton_exclude_self() -> Callable:
 
     def compute(ups: list[Tensor] | None, y: Tensor, v: Tensor) -> list[Tensor]:
         width, groups = v.shape[-1], y.shape[2] // v.shape[2]
-        out, out_v, rows = torch.empty_like(y), torch.empty_like(v), v.numel() // width
+        out, out_v = torch.empty_like(y), None if ups is None else torch.empty_like(v)
+        rows = v.numel() // width
         args = out, out_v, ups and ups[0], y, v, rows, (*tile(width), width, groups)
         project[(triton.cdiv(rows, tile(width)[0]),)](*args)
         return [out] if ups is None else [out, out_v]
@@ -1900,16 +1900,17 @@ def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda" and not knobs_of_triton.runtime.interpret:
         return "the device is no GPU"
     like = torch.empty((), device=device, dtype=dtype)
-    targets = torch.arange(6, device=device) * 11
-    rotary = tuple(wave(3, 1, 4, like=like.float(), pitch=pitch) for pitch in (1.1, 1.2))
-    x = wave(2, 3, 48, like=like)
-    q, v = x.view(2, 3, 4, 12), wave(2, 3, 2, 12, like=like, pitch=1.3)
+    targets = torch.arange(96, device=device) * 11
+    rotary = tuple(wave(48, 1, 8, like=like.float(), pitch=pitch) for pitch in (1.1, 1.2))
+    # Widths as in a model; numbers of rows and outputs that fill no tile.
+    x, weight = wave(2, 48, 256, like=like), wave(320, 256, like=like, pitch=1.4)
+    q, v = x.view(2, 48, 4, 64), wave(2, 48, 2, 64, like=like, pitch=1.3)
     cases = dict(
-        cross_entropy=(lambda f, x: f(x, targets, 5.0, "none"), 10 * wave(6, 70, like=like)),
-        mlp_up=(lambda f, x, w: f(x, w, 0.5), x, wave(80, 48, like=like, pitch=1.4)),
+        cross_entropy=(lambda f, x: f(x, targets, 5.0, "none"), 10 * wave(96, 1100, like=like)),
+        mlp_up=(lambda f, *a: f(*a, 0.5), x, weight),
         norm_rotate=(lambda f, *a: f(*a, rotary), q, v, wave(4, like=like.float())),
         exclude_self=(lambda f, *a: f(*a), q, v),
-        mix_norm=(lambda f, *a: f(*a, 0.5), x, x.roll(1), wave(2, 48, like=like.float())),
+        mix_norm=(lambda f, *a: f(*a, 0.5), x, x.roll(1), wave(2, 256, like=like.float())),
     )
     for name, (call, *inputs) in cases.items():
         twin, kernel = (functools.partial(call, getattr(k, name)) for k in (EAGER, kernels))
