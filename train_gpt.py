@@ -177,7 +177,9 @@ class Config:
     gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
-    doc_packing: bool = knob(False, "no step looks from one document into another; scoring does")
+    doc_packing: bool = knob(
+        False, "in a training step no position sees another document; scoring reads on"
+    )
     micro_batch_tokens: int = knob(
         98304, "most tokens of one forward on one device [tokens]", low=1
     )
