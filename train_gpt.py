@@ -125,8 +125,13 @@ class Config:
     )
     attention: str = knob(
         "auto",
-        "attention kernel; auto: fa3 if installed, else sdpa",
-        choices=("auto", "fa3", "sdpa", "plain"),
+        "attention kernel; auto: fa3 if installed, else sdpa, PyTorch's own choice",
+        choices=("auto", "fa3", "fa4", "cudnn", "flash", "sdpa", "plain"),
+    )
+    kernels: str = knob(
+        "auto",
+        "fused Triton kernels; auto: on CUDA, if they agree there with what they replace",
+        choices=("auto", "0", "1"),
     )
     artifact: str = knob("", "score this artifact instead of training one")
     checkpoint: str = knob("", "quantize and score this checkpoint instead of training")
@@ -180,6 +185,9 @@ class Config:
     gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
+    doc_packing: bool = knob(
+        False, "in a training step no position sees another document; scoring reads on"
+    )
     micro_batch_tokens: int = knob(
         98304, "most tokens of one forward on one device [tokens]", low=1
     )
@@ -1305,10 +1313,12 @@ class DepthPlan(NamedTuple):
     """The visits of one forward, in order. Immutable: one compiled graph for each plan.
 
     fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
+    packed: no position sees another document than its own; rotary positions count on.
     """
 
     visits: tuple[Visit, ...]
     fake_bits: int = 0
+    packed: bool = False
 
     @property
     def encoder(self) -> list[int]:
@@ -1344,55 +1354,188 @@ def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
     return DepthPlan(tuple(visits))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+BOS = 1  # the token that opens a document, in every tokenizer of this field
+
+
+class Documents(NamedTuple):
+    """Which document each position belongs to, of rows that hold several.
+
+    ids: (B, T), rising along a row. bounds: (n + 1,) int32, where each document begins in the
+    flattened rows, then their length; of fixed size, so that many documents are empty.
+    """
+
+    ids: Tensor
+    bounds: Tensor
+
+
+def find_documents(tokens: Tensor) -> Documents:
+    """The documents in rows of tokens (B, T); a row's begin is a document's, whatever it holds.
+
+    Shapes depend on B and T alone, so that one graph serves all texts: a row has room for T / 64
+    documents (16 in a short one), and any beyond stay one. FineWeb's have 950 tokens on average.
+    """
+    rows, length = tokens.shape
+    room = torch.arange(min(max(length // 64, 16), length), device=tokens.device)
+    ids = (tokens == BOS).cumsum(1).clamp(max=len(room) - 1)
+    first = (ids[:, None] < room[:, None]).sum(-1)  # (B, room): positions before each document
+    first = first + length * torch.arange(rows, device=tokens.device)[:, None]
+    return Documents(ids, F.pad(first.flatten(), (0, 1), value=rows * length).int())
+
+
+def check_documents(bos: int, cfg: Config) -> None:
+    """Raises: ConfigError if DOC_PACKING cannot see where this tokenizer's documents begin."""
+    if cfg.doc_packing and not cfg.artifact and bos != BOS:
+        raise ConfigError(f"DOC_PACKING=1: the tokenizer's BOS is {bos}, expected {BOS}; unset it")
+
+
+def visible(q: Tensor, documents: Documents | None) -> Tensor:
+    """Whether a query (dim -2) sees a key (dim -1): (T, T), or (B, 1, T, T) with documents."""
+    past = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+    if documents is None:
+        return past
+    return past & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal attention by its definition, in float32: the reference of every other kernel.
 
-    Args: q (B, T, H, D); k, v (B, T, K, D) with H a multiple of K. Returns (B, T, H, D).
+    Args: q (B, T, H, D); k, v (B, T, K, D) with H a multiple of K; documents: positions see only
+    their own; None: all before them. Returns (B, T, H, D).
     """
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
+    groups = q.shape[2] // k.shape[2]
     k, v = (x.float().repeat_interleave(groups, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k) / math.sqrt(q.shape[-1])
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    weights = scores.masked_fill(~visible(q, documents), -math.inf).softmax(-1)
     return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """`plain_attention` by the kernels inside PyTorch."""
+    options = dict(is_causal=True, enable_gqa=True)
+    if documents is not None:  # those with a mask take no grouped heads
+        options = dict(attn_mask=visible(q, documents))
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def wave(*shape: int, like: Tensor, pitch: float = 1.0) -> Tensor:
+    """Numbers without a pattern, within plus or minus 1.7, in the type and place of `like`."""
+    steps = torch.arange(math.prod(shape), device=like.device, dtype=torch.float64)
+    return (1.7 * (steps * pitch).sin()).to(like.dtype).view(shape)
+
+
+def difference(twin: Callable, kernel: Callable, *inputs: Tensor) -> str:
+    """Why a kernel must not stand for its twin; "" if outputs and all gradients agree."""
+    results = []
+    for function in (twin, kernel):
+        own = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*own)
+        out = out if isinstance(out, tuple) else (out,)
+        upstream = [wave(*x.shape, like=x, pitch=2.0) for x in out]
+        results.append([*out, *torch.autograd.grad(out, own, upstream)])
+    tolerance = 0.01 if inputs[0].dtype == torch.float32 else 0.04  # of TF32 and of bfloat16
+    for expected, got in zip(*results, strict=True):
+        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not error <= tolerance:  # also if it is no number
+            return f"it is wrong by {error:.1e} of the largest value on this device"
+    return ""
+
+
+def by_document(
+    varlen: Callable, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any
+) -> Tensor:
+    """Attention by a kernel for rows of several lengths laid end to end: a row a document."""
+    flat, bounds, longest = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
+    out = varlen(*flat, bounds, bounds, longest, longest, **options)
+    return (out[0] if isinstance(out, tuple) else out).view_as(q)
+
+
+@functools.lru_cache
+def one_backend(choice: str, *, packed: bool) -> Callable:
+    """`sdpa_attention` by one kernel inside PyTorch alone.
+
+    "fa4" puts FlashAttention 4 in the place of "flash", for the whole process.
+    Raises: AttributeError, ImportError or RuntimeError where that cannot be.
+    """
+    backends = torch.nn.attention.SDPBackend
+    backend = backends.CUDNN_ATTENTION if choice == "cudnn" else backends.FLASH_ATTENTION
+    if choice == "fa4":
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+    varlen = None
+    if packed and choice != "cudnn":
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None and varlen is not None:
+            options = dict(window_size=(-1, 0), enable_gqa=True)
+            return by_document(varlen, q, k, v, documents, **options)
+        with torch.nn.attention.sdpa_kernel(backend):
+            return sdpa_attention(q, k, v, documents)
+
+    return attention
+
+
+def flash_attention_3(device: torch.device, dtype: torch.dtype) -> tuple[Callable | None, str]:
+    """FlashAttention 3 as an attention kernel, or None and why not.
+
+    It is one module under two names, by the age of the package; it needs a Hopper GPU and 16 bits.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None, "the device is no Hopper GPU"
+    if dtype == torch.float32:
+        return None, "activations are float32"
+    why_not = []
+    for name in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
+        try:
+            package = importlib.import_module(name)
+            break
+        except ImportError as error:
+            why_not.append(f"{name} does not import ({error})")
+    else:
+        return None, why_not[0]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None:
+            return by_document(package.flash_attn_varlen_func, q, k, v, documents, causal=True)
+        out = package.flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # older wheels: (out, log-sum-exp)
+
+    return attention, "installed"
 
 
 def select_attention(
-    choice: str, device: torch.device, dtype: torch.dtype
+    choice: str, device: torch.device, dtype: torch.dtype, *, packed: bool = False
 ) -> tuple[str, Callable, str]:
     """Decide once which attention kernel a run uses: (name, function, reason).
 
-    FlashAttention 3 is the package `flash_attn_interface`; it needs a Hopper GPU and 16-bit types.
+    packed: it must be able to keep documents apart.
     Raises: ConfigError if the choice cannot be honoured.
     """
-    why_not_fa3 = ""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        why_not_fa3 = "the device is no Hopper GPU"
-    elif dtype == torch.float32:
-        why_not_fa3 = "activations are float32"
-    else:
-        try:
-            flash = importlib.import_module("flash_attn_interface").flash_attn_func
-        except ImportError as error:
-            why_not_fa3 = f"flash_attn_interface does not import ({error})"
-    if choice == "fa3" and why_not_fa3:
-        raise ConfigError(f"ATTENTION=fa3: {why_not_fa3}; unset it or set ATTENTION=sdpa")
-    if choice == "plain":
-        return "plain", plain_attention, "as set"
-    if choice == "sdpa" or why_not_fa3:
-        return "sdpa", sdpa_attention, "as set" if choice == "sdpa" else f"no fa3: {why_not_fa3}"
-
-    def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older wheels return (out, log-sum-exp)
-
-    return "fa3", fa3_attention, "as set" if choice == "fa3" else "installed"
+    named = {"plain": plain_attention, "sdpa": sdpa_attention}
+    if choice in named:
+        return choice, named[choice], "as set"
+    if choice in ("auto", "fa3"):
+        kernel, why = flash_attention_3(device, dtype)
+        if kernel is None and choice == "fa3":
+            raise ConfigError(f"ATTENTION=fa3: {why}; unset it or set ATTENTION=sdpa")
+        if kernel is None:
+            return "sdpa", sdpa_attention, f"no fa3: {why}"
+        return "fa3", kernel, "as set" if choice == "fa3" else why
+    try:
+        kernel = one_backend(choice, packed=packed)
+        q = wave(2, 64, 4, 64, like=torch.empty((), device=device, dtype=dtype))
+        documents = find_documents((q[:, :, 0, 0] > 1).long()) if packed else None
+        problem = difference(
+            lambda q: plain_attention(q, q[:, :, :2], q[:, :, 2:], documents),
+            lambda q: kernel(q, q[:, :, :2], q[:, :, 2:], documents),
+            q,
+        )
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"{error}".partition(". ")[0].partition("\n")[0]
+    if problem:
+        raise ConfigError(f"ATTENTION={choice}: {problem}; unset it or set ATTENTION=sdpa")
+    return choice, kernel, "as set"
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1421,15 +1564,486 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
 
 
+class Kernels(NamedTuple):
+    """The parts of the model that exist twice: as PyTorch operations and as Triton kernels.
+
+    cross_entropy: (logits (N, V) before the cap, targets (N,), cap, reduction) -> nats, float32.
+    mlp_up: (x (..., D), weight (H, D), slope) -> LeakyReLU squared of the product, (..., H).
+    norm_rotate: (q (B, T, H, D), k (B, T, K, D), gain (H,), rotary table) -> q and k.
+    exclude_self: (y (B, T, H, D), v (B, T, K, D)) -> (B, T, H, D).
+    mix_norm: (x, x0 (B, T, D), mix (2, D), scale) -> the mix and its scaled norm.
+    """
+
+    cross_entropy: Callable
+    mlp_up: Callable
+    norm_rotate: Callable
+    exclude_self: Callable
+    mix_norm: Callable
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Logits squeezed smoothly into plus or minus cap, in float32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+    """Loss of the capped logits; see `Kernels`."""
+    return F.cross_entropy(softcap(logits, cap), targets, reduction=reduction)
+
+
+def mlp_up(x: Tensor, weight: Tensor, slope: float) -> Tensor:
+    """The MLP up to its second matrix; see `Kernels`."""
+    return F.leaky_relu(F.linear(x, weight), slope).square()
+
+
+def norm_rotate(
+    q: Tensor, k: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Normalise, rotate, and give each query head its gain; see `Kernels`."""
+    q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))
+    return q * gain[:, None].to(q.dtype), k
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
+    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
+def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Mix the embedding stream into the running one, and normalise; see `Kernels`."""
+    mix = mix.to(x.dtype)
+    x = mix[0] * x + mix[1] * x0
+    return x, rms_norm(x) * scale
+
+
+EAGER = Kernels(cross_entropy, mlp_up, norm_rotate, exclude_self, mix_norm)
+
+
+def operator(
+    name: str,
+    inputs: str,
+    wrt: Sequence[int],
+    shapes: Callable,
+    compute: Callable,
+    kept: Sequence[int] = (),
+) -> Callable:
+    """A differentiable function that is one opaque node of a compiled graph, each way.
+
+    Args:
+        inputs: the arguments as an operator's schema names them, tensors first.
+        wrt: places of the arguments that get a gradient.
+        shapes: (*arguments) -> outputs, unwritten, contiguous.
+        compute: (None, *arguments) -> outputs; (gradients of outputs and then kept outputs,
+            *arguments) -> gradients. All tensors come contiguous.
+        kept: places of the outputs, the last ones, that only the gradient reads.
+    """
+
+    def contiguous(x: Any) -> Any:
+        if isinstance(x, list):
+            return [contiguous(part) for part in x]
+        return x.contiguous() if isinstance(x, Tensor) else x
+
+    def define(label: str, signature: str, fake: Callable, real: Callable) -> Any:
+        made = torch.library.custom_op(
+            f"train_gpt::{label}",
+            lambda *args: real(*map(contiguous, args)),
+            mutates_args=(),
+            schema=f"({signature}) -> Tensor[]",
+        )
+        made.register_fake(fake)
+        return made
+
+    def save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.save_for_backward(*(output[place] for place in kept), *tensors)
+        ctx.rest = inputs[len(tensors) :]
+
+    def backward(ctx: Any, ups: list[Tensor]) -> tuple:
+        saved, read = ctx.saved_tensors, len(ups) - len(kept)
+        args = *saved[len(kept) :], *ctx.rest
+        grads = gradient([*ups[:read], *saved[: len(kept)]], *args)
+        found = dict(zip(wrt, grads, strict=True))
+        return tuple(found.get(place) for place in range(len(args)))
+
+    gradient = define(
+        f"{name}_grad",
+        f"Tensor[] ups, {inputs}",
+        lambda ups, *args: [args[place].new_empty(args[place].shape) for place in wrt],
+        compute,
+    )
+    function = define(name, inputs, shapes, functools.partial(compute, None))
+    function.register_autograd(backward, setup_context=save)
+    return function
+
+
+def tile(width: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of whole rows: about 2,048 numbers for four warps."""
+    columns = 1 << (width - 1).bit_length()
+    return max(2048 // columns, 1), columns
+
+
+# Below, the name `tl` and the annotations belong to Triton's language, which reads the source of
+# its functions. Arithmetic is float32; what is stored takes the type of where it is stored. SHAPE
+# holds the rows R and columns C of a tile, then true widths. A norm's small number is F.rms_norm's.
+
+
+def triton_cross_entropy() -> Callable:
+    """`cross_entropy` that reads the logits once each way and stores no float32 ones.
+
+    tanh(x) = 2 s - 1 with s = sigmoid(2 x), of derivative 4 s (1 - s); each lane has a sum of exp.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def losses(loss, lse, logits, targets, cap, width: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, width, BLOCK):
+            inside = first + column < width
+            x = tl.load(logits + row * width + first + column, mask=inside, other=0.0)
+            capped = cap * (2 * tl.sigmoid(2 * x.to(tl.float32) / cap) - 1)
+            capped = tl.where(inside, capped, -1e30)
+            higher = tl.maximum(top, capped)
+            total = total * tl.exp(top - higher) + tl.exp(capped - higher)
+            top = higher
+        highest = tl.max(top, 0)
+        log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+        tl.store(lse + row, log_sum)
+        x = tl.load(logits + row * width + tl.load(targets + row)).to(tl.float32)
+        tl.store(loss + row, log_sum - cap * (2 * tl.sigmoid(2 * x / cap) - 1))
+
+    @triton.jit
+    def slopes(out, grad, lse, logits, targets, cap, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        half = tl.sigmoid(2 * x / cap)
+        hit = tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        slope = tl.exp(cap * (2 * half - 1) - tl.load(lse + row)) - hit
+        slope *= tl.load(grad + row) * 4 * half * (1 - half)
+        tl.store(out + row * width + column, slope, mask=column < width)
+
+    def shapes(logits: Tensor, *_: Any) -> list[Tensor]:
+        return [logits.new_empty(len(logits), dtype=torch.float32) for _ in ("loss", "log sum")]
+
+    def compute(ups: list[Tensor] | None, logits: Tensor, targets: Tensor, cap: float):
+        rows, width = logits.shape
+        block = min(tile(width)[1], 1024)
+        if ups is None:
+            outputs = shapes(logits)
+            losses[(rows,)](*outputs, logits, targets, cap, width, block)
+            return outputs
+        out, grid = torch.empty_like(logits), (rows, triton.cdiv(width, block))
+        slopes[grid](out, *ups, logits, targets, cap, width, block)
+        return [out]
+
+    inputs = "Tensor logits, Tensor targets, float cap"
+    score = operator("cross_entropy", inputs, (0,), shapes, compute, kept=(1,))
+
+    def function(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        each = score(logits, targets, cap)[0]
+        return each.mean() if reduction == "mean" else each
+
+    return function
+
+
+def triton_mlp_up() -> Callable:
+    """`mlp_up` as one matrix product that squares what it has in registers.
+
+    It also stores the product itself, for the gradient, whose two products are PyTorch's.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product(out, pre, x, weight, slope, rows, hidden, width: tl.constexpr, TILE: tl.constexpr):
+        # Neighbouring programs read the same rows of x; the whole weight stays in the cache.
+        M: tl.constexpr = TILE[0]
+        N: tl.constexpr = TILE[1]
+        K: tl.constexpr = TILE[2]
+        across = tl.cdiv(hidden, N)
+        row = (tl.program_id(0) // across * M + tl.arange(0, M)).to(tl.int64)[:, None]
+        column = (tl.program_id(0) % across * N + tl.arange(0, N))[None]
+        total = tl.zeros((M, N), tl.float32)
+        for first in range(0, width, K):
+            inner = first + tl.arange(0, K)
+            inside = (row < rows) & (inner < width)[None]
+            a = tl.load(x + row * width + inner[None], mask=inside, other=0.0)
+            inside = (inner < width)[:, None] & (column < hidden)
+            b = tl.load(weight + column * width + inner[:, None], mask=inside, other=0.0)
+            total = tl.dot(a, b, total)
+        inside, place = (row < rows) & (column < hidden), row * hidden + column
+        z = total.to(pre.dtype.element_ty)
+        tl.store(pre + place, z, mask=inside)
+        z = z.to(tl.float32)
+        z = tl.where(z > 0, z, slope * z)
+        tl.store(out + place, z * z, mask=inside)
+
+    @triton.jit
+    def factor(out, grad, pre, slope, size, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(pre + place, mask=place < size, other=0.0).to(tl.float32)
+        up = tl.load(grad + place, mask=place < size, other=0.0).to(tl.float32)
+        tl.store(out + place, up * tl.where(z > 0, 2.0, 2 * slope * slope) * z, mask=place < size)
+
+    def shapes(x: Tensor, weight: Tensor, slope: float) -> list[Tensor]:
+        return [x.new_empty(*x.shape[:-1], len(weight)) for _ in ("squared", "product")]
+
+    def compute(ups: list[Tensor] | None, x: Tensor, weight: Tensor, slope: float):
+        (hidden, width), rows = weight.shape, x.numel() // x.shape[-1]
+        if ups is None:
+            outputs, sizes = shapes(x, weight, slope), (128, 256, 128 // x.element_size())
+            grid = (triton.cdiv(rows, sizes[0]) * triton.cdiv(hidden, sizes[1]),)
+            args = *outputs, x, weight, slope, rows, hidden, width
+            product[grid](*args, sizes, num_warps=8, num_stages=3)
+            return outputs
+        grad, size = torch.empty_like(ups[0]), ups[0].numel()
+        factor[(triton.cdiv(size, 2048),)](grad, *ups, slope, size, 2048)
+        return [grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)]
+
+    inputs = "Tensor x, Tensor weight, float slope"
+    up = operator("mlp_up", inputs, (0, 1), shapes, compute, kept=(1,))
+    return lambda x, weight, slope: up(x, weight, slope)[0]
+
+
+def triton_norm_rotate() -> Callable:
+    """`norm_rotate` in one pass, each way; a row is a head at a position.
+
+    A rotated column meets its partner, `half` columns away, by reading the row a second time.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def turn(out, along, grad, x, cos, sin, gain, rows, length, heads, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        half: tl.constexpr = SHAPE[3]
+        row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        column = tl.arange(0, C)[None]
+        inside, turned = (row < rows) & (column < width), column < 2 * half
+        place = row * width + column
+        partner = place + tl.where(turned, tl.where(column < half, half, -half), 0)
+        angle = row // heads % length * half + column % half
+        c = tl.load(cos + angle, mask=inside & turned, other=1.0)
+        s = tl.load(sin + angle, mask=inside & turned, other=0.0)
+        s = tl.where(column < half, s, -s)
+        scale = tl.load(gain + row % heads, mask=row < rows, other=0.0).to(tl.float32)
+        z = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / width + 1.1920928955078125e-07)
+        if grad is None:
+            other = tl.load(x + partner, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + place, scale * inverse * (z * c + other * s), mask=inside)
+        else:
+            up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            other = tl.load(grad + partner, mask=inside, other=0.0).to(tl.float32)
+            z, back = z * inverse, up * c - other * s
+            own = tl.sum(z * back, 1)[:, None]
+            tl.store(along + row, own, mask=row < rows)
+            tl.store(out + place, scale * inverse * (back - z * own / width), mask=inside)
+
+    def compute(ups: list[Tensor] | None, x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor):
+        (_, length, heads, width), rows = x.shape, x.numel() // x.shape[-1]
+        out, along, up = torch.empty_like(x), None, None
+        if ups is not None:
+            along, up = x.new_empty(x.shape[:-1], dtype=torch.float32), ups[0]
+        args = out, along, up, x, cos, sin, gain, rows, length, heads
+        turn[(triton.cdiv(rows, tile(width)[0]),)](*args, (*tile(width), width, cos.shape[-1]))
+        return [out] if ups is None else [out, along.sum((0, 1)).to(gain.dtype)]
+
+    inputs = "Tensor x, Tensor cos, Tensor sin, Tensor gain"
+    one = operator("norm_rotate", inputs, (0, 3), lambda x, *_: [x.new_empty(x.shape)], compute)
+    return lambda q, k, gain, rotary: (
+        one(q, *rotary, gain)[0],
+        one(k, *rotary, gain.new_ones(k.shape[2]))[0],
+    )
+
+
+def triton_exclude_self() -> Callable:
+    """`exclude_self` in one pass, each way; a row is a value head at a position."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def project(out, out_v, grad, y, v, rows, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        groups: tl.constexpr = SHAPE[3]
+        row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+        column = tl.arange(0, C)[None]
+        inside = (row < rows) & (column < width)
+        own = tl.load(v + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        size = tl.maximum(tl.sqrt(tl.sum(own * own, 1))[:, None], 1e-12)
+        own = own / size
+        back = tl.zeros((R, C), tl.float32)  # the gradient of `own`
+        for group in tl.static_range(groups):
+            place = (row * groups + group) * width + column
+            z = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+            along = tl.sum(z * own, 1)[:, None]
+            if grad is None:
+                tl.store(out + place, z - along * own, mask=inside)
+            else:
+                up = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+                up_along = tl.sum(up * own, 1)[:, None]
+                back -= along * up + up_along * z
+                tl.store(out + place, up - up_along * own, mask=inside)
+        if grad is not None:
+            back = (back - tl.sum(back * own, 1)[:, None] * own) / size
+            tl.store(out_v + row * width + column, back, mask=inside)
+
+    def compute(ups: list[Tensor] | None, y: Tensor, v: Tensor) -> list[Tensor]:
+        width, groups = v.shape[-1], y.shape[2] // v.shape[2]
+        out, out_v = torch.empty_like(y), None if ups is None else torch.empty_like(v)
+        rows = v.numel() // width
+        args = out, out_v, ups and ups[0], y, v, rows, (*tile(width), width, groups)
+        project[(triton.cdiv(rows, tile(width)[0]),)](*args)
+        return [out] if ups is None else [out, out_v]
+
+    def shapes(y: Tensor, v: Tensor) -> list[Tensor]:
+        return [y.new_empty(y.shape)]
+
+    one = operator("exclude_self", "Tensor y, Tensor v", (0, 1), shapes, compute)
+    return lambda y, v: one(y, v)[0]
+
+
+def triton_mix_norm() -> Callable:
+    """`mix_norm` in one pass, each way; a program takes 16 tiles of rows, one after the other.
+
+    Each program sums its part of the gradient of `mix`; PyTorch adds up the programs.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def blend(out, out2, sums, up_x, up_normed, x, x0, mix, scale, rows, SHAPE: tl.constexpr):
+        R: tl.constexpr = SHAPE[0]
+        C: tl.constexpr = SHAPE[1]
+        width: tl.constexpr = SHAPE[2]
+        column = tl.arange(0, C)[None]
+        a = tl.load(mix + column, mask=column < width, other=0.0).to(tl.float32)
+        b = tl.load(mix + width + column, mask=column < width, other=0.0).to(tl.float32)
+        sum_a = tl.zeros((R, C), tl.float32)
+        sum_b = tl.zeros((R, C), tl.float32)
+        for step in range(16):
+            row = (tl.program_id(0) * 16 + step) * R + tl.arange(0, R)[:, None]
+            inside, place = (row < rows) & (column < width), row.to(tl.int64) * width + column
+            u = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
+            z = a * u + b * w
+            inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / width + 1.1920928955078125e-07)
+            if sums is None:
+                tl.store(out + place, z, mask=inside)
+                tl.store(out2 + place, z * inverse * scale, mask=inside)
+            else:
+                z *= inverse
+                up = scale * tl.load(up_normed + place, mask=inside, other=0.0).to(tl.float32)
+                up = inverse * (up - z * tl.sum(up * z, 1)[:, None] / width)
+                up += tl.load(up_x + place, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out + place, a * up, mask=inside)
+                tl.store(out2 + place, b * up, mask=inside)
+                sum_a += up * u
+                sum_b += up * w
+        if sums is not None:
+            first = sums + tl.program_id(0) * 2 * width + column
+            tl.store(first, tl.sum(sum_a, 0)[None], mask=column < width)
+            tl.store(first + width, tl.sum(sum_b, 0)[None], mask=column < width)
+
+    def compute(ups: list[Tensor] | None, x: Tensor, x0: Tensor, mix: Tensor, scale: float):
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        programs = triton.cdiv(rows, 16 * tile(width)[0])
+        outputs = [torch.empty_like(x) for _ in range(2)]
+        sums = None if ups is None else mix.new_empty(programs, 2, width, dtype=torch.float32)
+        args = *outputs, sums, *(ups or (None, None)), x, x0, mix, scale, rows
+        blend[(programs,)](*args, (*tile(width), width))
+        return outputs if ups is None else [*outputs, sums.sum(0).to(mix.dtype)]
+
+    def shapes(x: Tensor, *_: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape) for _ in range(2)]
+
+    inputs = "Tensor x, Tensor x0, Tensor mix, float scale"
+    one = operator("mix_norm", inputs, (0, 1, 2), shapes, compute)
+    return lambda *args: tuple(one(*args))
+
+
+@functools.lru_cache(maxsize=1)
+def triton_kernels() -> Kernels:
+    """The Triton twin of `EAGER`. Raises ImportError where there is no Triton."""
+    return Kernels(
+        triton_cross_entropy(),
+        triton_mlp_up(),
+        triton_norm_rotate(),
+        triton_exclude_self(),
+        triton_mix_norm(),
+    )
+
+
+@functools.lru_cache
+def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
+    """What speaks against the Triton kernels on this device, "" for nothing: tries each of them."""
+    try:
+        kernels, knobs_of_triton = triton_kernels(), importlib.import_module("triton.knobs")
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    if device.type != "cuda" and not knobs_of_triton.runtime.interpret:
+        return "the device is no GPU"
+    like = torch.empty((), device=device, dtype=dtype)
+    targets = torch.arange(96, device=device) * 11
+    rotary = tuple(wave(48, 1, 8, like=like.float(), pitch=pitch) for pitch in (1.1, 1.2))
+    # Widths as in a model; numbers of rows and outputs that fill no tile.
+    x, weight = wave(2, 48, 256, like=like), wave(320, 256, like=like, pitch=1.4)
+    q, v = x.view(2, 48, 4, 64), wave(2, 48, 2, 64, like=like, pitch=1.3)
+    cases = dict(
+        cross_entropy=(lambda f, x: f(x, targets, 5.0, "none"), 10 * wave(96, 1100, like=like)),
+        mlp_up=(lambda f, *a: f(*a, 0.5), x, weight),
+        norm_rotate=(lambda f, *a: f(*a, rotary), q, v, wave(4, like=like.float())),
+        exclude_self=(lambda f, *a: f(*a), q, v),
+        mix_norm=(lambda f, *a: f(*a, 0.5), x, x.roll(1), wave(2, 256, like=like.float())),
+    )
+    for name, (call, *inputs) in cases.items():
+        twin, kernel = (functools.partial(call, getattr(k, name)) for k in (EAGER, kernels))
+        try:
+            problem = difference(twin, kernel, *inputs)
+        except Exception as error:  # whatever a compiler may raise on a device it does not know
+            problem = f"{type(error).__name__}: " + f"{error}".partition("\n")[0]
+        if problem:
+            return f"{name}: {problem}"
+    return ""
+
+
+def select_kernels(
+    choice: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, Kernels, str]:
+    """Decide once which twins a run uses: (name, kernels, reason).
+
+    On a CPU there are Triton kernels in Triton's interpreter alone, and only by KERNELS=1.
+    Raises: ConfigError if the choice cannot be honoured.
+    """
+    if choice == "0":
+        return "eager", EAGER, "as set"
+    on_gpu = choice == "1" or device.type == "cuda"
+    fault = kernel_fault(device, dtype) if on_gpu else "the device is no GPU"
+    if fault and choice == "1":
+        raise ConfigError(f"KERNELS=1: {fault}; unset it or set KERNELS=0")
+    if fault:
+        return "eager", EAGER, f"no triton: {fault}"
+    return "triton", triton_kernels(), "as set" if choice == "1" else "each agrees with its twin"
+
+
 class Linear(nn.Linear):
     """A matrix without bias, kept in float32 and cast to the type of its input at use."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
+    def forward(self, x: Tensor, fake_bits: int = 0, product: Callable = F.linear) -> Tensor:
         weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
-        return F.linear(x, weight.to(x.dtype))
+        return product(x, weight.to(x.dtype))
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
@@ -1444,9 +2058,10 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with grouped heads, normalised queries and keys, q-gain and optional XSA."""
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
+    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
         super().__init__()
         self.head_dim, self.kernel = cfg.model_dim // cfg.num_heads, kernel
+        self.kernels = kernels
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q = Linear(cfg.model_dim, cfg.model_dim)
         self.k = Linear(cfg.model_dim, self.head_dim * cfg.num_kv_heads)
@@ -1460,36 +2075,30 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         value: Tensor | None = None,
         fake_bits: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         q, k, v = (m(x, fake_bits) for m in (self.q, self.k, self.v))
         if value is not None:
             v = v + value
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
-        q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))  # (B, T, H or K, D)
-        y = self.kernel(q * self.q_gain[:, None].to(q.dtype), k, v)
+        q, k = self.kernels.norm_rotate(q, k, self.q_gain, rotary)  # (B, T, H or K, D)
+        y = self.kernel(q, k, v, documents)
         if self.exclusive:
-            y = exclude_self(y, v)
+            y = self.kernels.exclude_self(y, v)
         return self.out(y.flatten(-2), fake_bits)
-
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
-    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
-    own = F.normalize(v, dim=-1)[:, :, :, None]
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
 class MLP(nn.Module):
     """Up, LeakyReLU squared, down."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
         self.up = Linear(cfg.model_dim, cfg.mlp_hidden)
         self.down = Linear(cfg.mlp_hidden, cfg.model_dim)
-        self.slope = cfg.leaky_relu_slope
+        self.product = functools.partial(kernels.mlp_up, slope=cfg.leaky_relu_slope)
 
     def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x, fake_bits), self.slope).square(), fake_bits)
+        return self.down(self.up(x, fake_bits, self.product), fake_bits)
 
 
 class Block(nn.Module):
@@ -1499,9 +2108,10 @@ class Block(nn.Module):
     1/sqrt(layer + 1) takes the physical layer, also on repeated visits.
     """
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
+    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, layer, kernel, kernels), MLP(cfg, kernels)
+        self.mix_norm = kernels.mix_norm
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(
@@ -1518,13 +2128,12 @@ class Block(nn.Module):
         form: str,
         value: Tensor | None = None,
         fake_bits: int = 0,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The running stream and the second lane, which only the form "lanes" reads and moves."""
-        mix, attn_scale, mlp_scale = (
-            p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale)
-        )
-        x = mix[0] * x + mix[1] * x0
-        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, rotary, value, fake_bits)
+        attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale))
+        x, normed = self.mix_norm(x, x0, self.resid_mix, self.norm_scale)
+        mid = x + attn_scale * self.attn(normed, rotary, value, fake_bits, documents)
         source = {"sequential": mid, "gptj": x, "lanes": lane}[form]
         update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, fake_bits)
         return (mid, lane + update) if form == "lanes" else (mid + update, lane)
@@ -1539,10 +2148,12 @@ class BigramHash(nn.Module):
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, tokens: Tensor, dtype: torch.dtype, *, packed: bool = False) -> Tensor:
         last, now = len(self.table) - 1, tokens.int()
         rows = torch.bitwise_xor(36313 * now[:, 1:], 27191 * now[:, :-1]) % last
         rows = F.pad(rows, (1, 0), value=last)  # the first token has no neighbour
+        if packed:
+            rows = rows.masked_fill(tokens == BOS, last)
         return self.scale.to(dtype) * self.proj(F.embedding(rows, self.table).to(dtype))
 
 
@@ -1573,11 +2184,14 @@ class GPT(nn.Module):
         cfg: Config,
         kernel: Callable = plain_attention,
         compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = EAGER,
     ):
         super().__init__()
-        self.cfg, self.compute_dtype = cfg, compute_dtype
+        self.cfg, self.compute_dtype, self.kernels = cfg, compute_dtype, kernels
         self.head = Linear(cfg.model_dim, cfg.vocab_size)
-        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(cfg, layer, kernel, kernels) for layer in range(cfg.num_layers)
+        )
         skips = max(depth_plan(cfg, looped=looped).skips for looped in (False, True))
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
         # What an option does not need does not exist.
@@ -1606,15 +2220,18 @@ class GPT(nn.Module):
             nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
             nn.init.zeros_(self.value_embedding.proj.weight)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The input stream (B, T, D)."""
+    def embed(self, tokens: Tensor, *, packed: bool = False) -> Tensor:
+        """The input stream (B, T, D); packed: a document's first token has none before it."""
         x = F.embedding(tokens, self.head.weight).to(self.compute_dtype)
         if self.bigram is not None:
-            x = x + self.bigram(tokens, x.dtype)
+            x = x + self.bigram(tokens, x.dtype, packed=packed)
         x = rms_norm(x)
         if self.cfg.smear_gate_enabled:
             gate = self.smear_gate.sigmoid().to(x.dtype)
-            x = (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if packed:
+                before = before.masked_fill((tokens == BOS)[..., None], 0)
+            x = (1 - gate) * x + gate * before
         return x
 
     def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
@@ -1644,7 +2261,8 @@ class GPT(nn.Module):
         Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
         """
         rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        x = x0 = lane = self.embed(tokens)
+        documents = find_documents(tokens) if plan.packed else None
+        x = x0 = lane = self.embed(tokens, packed=plan.packed)
         values = self.value_embedding(tokens, x.dtype) if self.value_embedding is not None else {}
         skips, lanes = [], False
         for visit in plan.visits:
@@ -1653,18 +2271,18 @@ class GPT(nn.Module):
             if visit.form == "lanes" and not lanes:
                 lane, lanes = x, True
             block, value = self.blocks[visit.layer], values.get(visit.layer)
-            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits)
+            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits, documents)
             if visit.push:
                 skips.append(x)
         if lanes:
             x = self.lane_merge.to(x.dtype) * x + (1 - self.lane_merge).to(x.dtype) * lane
         if tail is not None:
             x, targets = x[:, -tail:], None if targets is None else targets[:, -tail:]
-        cap = self.cfg.logit_softcap
-        logits = cap * torch.tanh(self.head(rms_norm(x)).float() / cap)
+        cap, logits = self.cfg.logit_softcap, self.head(rms_norm(x))
         if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+            return softcap(logits, cap)
+        rows = logits.flatten(0, 1), targets.flatten()
+        losses = self.kernels.cross_entropy(*rows, cap, reduction)
         return losses if reduction == "mean" else losses.view_as(targets)
 
     def flops_per_token(self, plan: DepthPlan, length: int) -> float:
@@ -1982,6 +2600,7 @@ def train_step(
     Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
     Changes the model and the optimizers in place.
     """
+    plan = plan._replace(packed=cfg.doc_packing)  # here alone: scoring reads on
     count = cfg.micro_batches(rt.world_size) * rt.world_size
     total = torch.zeros((), device=windows.device)
     for micro in windows.chunk(count // rt.world_size):
@@ -2902,7 +3521,8 @@ def load_model(
     if found != expected:
         name, shape = sorted(found.items() ^ expected.items())[0]
         raise ArtifactError(f"{origin}: tensor {name} {shape} does not belong to its model")
-    model = GPT(cfg, kernel, rt.compute_dtype)
+    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
     model.load_state_dict(tensors)
     return model.to(rt.device), cfg, header
 
@@ -3274,12 +3894,16 @@ def run(cfg: Config, rt: Runtime, log: Log) -> None:
             cfg = stored_config(origin, cfg, rt)
     with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
-        select_attention(cfg.attention, rt.device, rt.compute_dtype)
+        packed = cfg.doc_packing and not cfg.artifact
+        select_attention(cfg.attention, rt.device, rt.compute_dtype, packed=packed)
+        name, _, why = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
         table = ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
+        check_documents(table.bos, cfg)
         shards = find_shards(cfg.dataset_dir, "val")
         val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
         trains = not cfg.artifact
         proof = data_proof(cfg.dataset_dir, cfg.tokenizer_file, trains=trains) if rt.is_main else {}
+    log.line(f"kernels:{name} ({why})")
     announce_text(val, table, proof, cfg, rt, log)
     steps = 0 if cfg.artifact else produce(table, val, cfg, rt, log)
     path = Path(cfg.artifact) if cfg.artifact else log.path("bin")
@@ -3397,8 +4021,10 @@ def train_model(
     loader: Loader, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
 ) -> tuple[GPT, Callable, Trained]:
     """A model trained from scratch: (model, its forward, perhaps compiled, and its training)."""
-    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype)
+    attention = cfg.attention, rt.device, rt.compute_dtype
+    _, kernel, _ = select_attention(*attention, packed=cfg.doc_packing)
+    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
     model.init_weights(cfg.seed)
     forward = rt.compile(model.to(rt.device))
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")

@@ -147,7 +147,7 @@ def test_ranges_include_their_ends_and_nothing_beyond():
         ("QK_GAIN_INIT", "five", "a number"),
         ("TTT_ENABLED", "yes", "0 or 1"),
         ("COMPRESSOR", "gzip", "one of brotli, zstd, lzma"),
-        ("ATTENTION", "FA3", "one of auto, fa3, sdpa, plain"),
+        ("ATTENTION", "FA3", "one of auto, fa3, fa4, cudnn, flash, sdpa, plain"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_name_value_and_what_was_expected(name, text, expected):

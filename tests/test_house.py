@@ -12,7 +12,7 @@ import train_gpt as t
 ROOT = Path(t.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 # The count may only grow with a feature that a user would name.
-CODE_LINES = 2800
+CODE_LINES = 3150
 
 
 def functions(tree):
