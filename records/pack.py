@@ -35,8 +35,8 @@ import sys
 import tokenize
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
-from operator import mul
+from collections.abc import Callable, Generator, Iterator
+from operator import add, mul
 from pathlib import Path
 from types import CodeType
 
@@ -214,67 +214,56 @@ def small_source(source: str, *, sentences: bool = True) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2  The model: which bit comes next, from what followed in ten kinds of context
+# 2  The model: which bit comes next, from what followed in thirteen kinds of context
 # A text is coded symbol by symbol, each a walk down one binary tree. Integers only, so that every
 # machine and Python predicts the same. The packed file contains these functions.
 # ---------------------------------------------------------------------------------------------
 
 BASE = 253  # the bytes of a comment: all but NUL, LF and CR
 COMMON = " ea.(),t\nsr_oni='dlc:pmubhfg0[]k1{}EAyv"  # by falling frequency
+# Symbols from 128 on: a line's end and the blanks after it, frequent words, other words.
+BLANKS, FREQUENT, WORDS = 12, 64, 700
 
 
-class Context:
-    """What has been read, as the keys under which the ten predictors keep what followed."""
+def contexts() -> Generator[tuple, str, None]:
+    """What has been read, in two tuples, first of nothing and then after each symbol sent.
 
-    def __init__(self):
-        self.text = self.word = self.kinds = ""
-        self.tokens, self.calls, self.first, self.last = [""], [""], {}, {}
-        self.count = self.indent = self.match = self.run = 0
-
-    def keys(self) -> tuple:
-        """One key per predictor."""
-        text, word = self.text, self.word
-        return (
-            "",
-            text[-1:],
-            text[-2:],
-            text[-3:],
-            word,
-            (word, self.first.get(self.indent), self.tokens[-1]),
-            (word, self.calls[-1], self.tokens[-1]),
-            (word, self.first.get(self.indent), self.count),
-            (self.kinds, word != ""),
-            (text[self.match] if self.match else "", min(self.run, 15)),
-        )
-
-    def read(self, symbol: str) -> None:
-        """Go on by one symbol: the longest repetition, then the tokens of the line."""
-        hit = self.match and self.text[self.match] == symbol
-        self.text += symbol
-        self.match, self.run = (self.match + 1, self.run + 1) if hit else (0, 0)
-        end, recent = len(self.text), self.text[-4:]
-        if not hit:
-            self.match = self.last.get(recent, 0)
-            self.run = 4 * (self.match > 0)
-        self.last[recent] = end
-        if symbol > "~" or symbol.isalnum() or symbol == "_":
-            self.word += symbol
-            return
-        for token in filter(None, (self.word, symbol.strip(" "))):
-            self.tokens.append(token)
-            if not self.count:
-                self.first[self.indent] = token
-            self.count += 1
-            self.kinds = (self.kinds + ("w" if token == self.word else token))[-4:]
-        if symbol in "([{":
-            self.calls.append(self.word or symbol)
+    The keys under which the predictors keep what followed, and those of the sets of weights.
+    """
+    text = word = token = quote = kinds = ""
+    calls, first, last, start = [("", 0)], {}, {}, True
+    indent = match = 0
+    while True:
+        recent, inside, call = text[-1:], word != "", calls[-1]
+        ahead = text[match] if match else ""
+        keys = "", recent, text[-2:], text[-3:], text[-4:-1], (ahead, recent), word, (word, quote)
+        keys += (word, call), (word, token, call[0]), (inside, kinds[-2:], first.get(indent))
+        weights = recent, text[-2:-1], ahead, (inside, kinds[-2:]), (indent, len(calls), quote)
+        symbol = yield (*keys, (inside, kinds[-4:]), (inside, kinds)), weights
+        text += symbol
+        match = match + 1 if ahead == symbol else last.get(text[-4:], 0)
+        last[text[-4:]] = len(text)
+        line_end = 0 <= ord(symbol) - 128 < BLANKS
+        if not line_end and (symbol > "~" or symbol.isalnum() or symbol == "_"):
+            word += symbol
+            continue
+        for token in filter(None, (word, symbol.strip(" "))):
+            if start:
+                first[indent], start = token, False
+            kinds = (kinds + ("w" if token == word else token))[-6:]
+        if symbol in "'\"":
+            quote = "" if quote == symbol else quote or symbol
+        if line_end:
+            quote, calls, start, indent = "", [("", 0)], True, symbol
+        elif quote:
+            pass
+        elif symbol in "([{":
+            calls.append((word or symbol, 0))
         elif symbol in ")]}":
-            self.calls = self.calls[:-1] or [""]
-        elif symbol == "\n":
-            self.calls, self.count, self.indent = [""], 0, 0
-        elif symbol == " " and not self.count:
-            self.indent += 1
-        self.word = ""
+            calls = calls[:-1] or [("", 0)]
+        elif symbol == ",":
+            calls[-1] = call[0], call[1] + 1
+        word = ""
 
 
 def symbol_tree() -> list[list[int]]:
@@ -283,10 +272,10 @@ def symbol_tree() -> list[list[int]]:
     The symbols stand in order of their codes, so that neighbours share a path, and common ones
     are near the root.
     """
-    weight = [60] * 128 + [5000 // i for i in range(10, 138)]
+    weight = [60] * 128 + [300] * (BLANKS + FREQUENT) + [30] * (WORDS - FREQUENT)
     for place, symbol in enumerate(COMMON, 9):
         weight[ord(symbol)] = 20000 // place
-    nodes, todo = [], [(0, 256, [0], 0)]
+    nodes, todo = [], [(0, len(weight), [0], 0)]
     for low, high, parent, side in todo:
         if high - low < 2:
             parent[side] = -1 - low
@@ -302,7 +291,7 @@ def symbol_tree() -> list[list[int]]:
 def tables() -> tuple:
     """Logistic function and its inverse (x in 256ths, p in 65536ths), and the steps of a count.
 
-    A count is 11 bits: how often the context was seen (up to 31), and the last bits that followed
+    A count is 13 bits: how often the context was seen (up to 127), and the last bits that followed
     (up to 5, after a leading 1).
     """
     half, p = [], 1 << 31
@@ -316,12 +305,12 @@ def tables() -> tuple:
             x += 1
         stretch.append(x - 2047)
     step = [[], []]
-    for count in range(2048):
+    for count in range(8192):
         for bit in (0, 1):
             seen = count % 64 * 2 + bit
             seen = seen % 32 + 32 if seen > 63 else seen
-            step[bit].append(min(count // 64 + 1, 31) * 64 + seen)
-    rate = [131072 // (2 * (count // 64) + 3) for count in range(2048)]
+            step[bit].append(min(count // 64 + 1, 127) * 64 + seen)
+    rate = [131072 // (2 * (count // 64) + 3) for count in range(8192)]
     return squash, stretch, step, rate
 
 
@@ -331,43 +320,50 @@ def spell(choose: Callable[[int], int], size: int) -> str:
     Args:
         choose: gets the probability that the next bit is 1, in 65536ths, and returns that bit.
     Source: context mixing after M. Mahoney's PAQ: counts and bit histories, mixed in the logistic
-    domain by two sets of weights (by node of the tree, and by last symbol) that learn on the way.
+    domain by the sum of six sets of weights that learn on the way: one of the node of the tree,
+    five of the context. What was all but certain teaches nothing, and is passed over to save time.
     """
     squash, stretch, step, rate = tables()
-    nodes, context = symbol_tree(), Context()
-    maps = [{} for _ in context.keys()]  # noqa: SIM118 -- not a dict
+    nodes, context, text = symbol_tree(), contexts(), ""
+    keys, chosen = next(context)
+    maps, sets, inputs = [{} for _ in keys], [{} for _ in chosen], 2 * len(keys) + 1
     ones = [bin(h).count("1") - 1 for h in range(1, 64)]
     guess = [65536 * (5 * o + 2) // (5 * h.bit_length() - 1) for h, o in enumerate(ones, 1)]
-    histories, inputs = [[32768, *guess] for _ in maps], 2 * len(maps) + 1
-    node_weights, last_weights = [[[12000] * inputs for _ in range(256)] for _ in range(2)]
-    for _ in range(size):
-        counts = [m.setdefault(key, {}) for m, key in zip(maps, context.keys())]  # noqa: B905
-        node, by_last = 0, last_weights[ord(context.text[-1:] or " ")]
+    histories = [[32768, *guess] for _ in keys]
+    node_weights = [[80000] * inputs for _ in nodes]
+    for place in range(size):
+        counts = [m.setdefault(key, {}) for m, key in zip(maps, keys)]  # noqa: B905
+        rows = [s.setdefault(key, [80000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
+        common, learnt = list(map(sum, zip(*rows))), [0] * inputs  # noqa: B905
+        node, pace = 0, 46 + 4000000 // (14000 + place)
         while node >= 0:
-            found = [c.get(node, 32768 << 11 | 1) for c in counts]
+            found = [c.get(node, 32768 << 13 | 1) for c in counts]
             seen = [f & 63 for f in found]
-            x = [stretch[f >> 15] for f in found]
+            x = [stretch[f >> 17] for f in found]
             x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
             x.append(80)
-            by_node = node_weights[node]
-            sums = []
-            for weights in (by_node, by_last):
-                dot = sum(map(mul, weights, x)) >> 16
-                sums.append(dot if -2048 < dot < 2048 else 2047 if dot > 0 else -2047)
-            bit = choose(squash[(sums[0] + sums[1] >> 1) + 2047])
+            own = node_weights[node]
+            dot = sum(map(mul, map(add, own, common), x)) >> 22
+            p = squash[max(-2047, min(dot, 2047)) + 2047]
+            bit = choose(p)
             goal, steps = bit << 16, step[bit]
-            for weights, dot in ((by_node, sums[0]), (by_last, sums[1])):
-                error = goal - squash[dot + 2047]
-                if not -1300 < error < 1300:  # small ones teach little and cost time
-                    error *= 3
-                    weights[:] = [w + (i * error >> 16) for w, i in zip(weights, x)]  # noqa: B905
-            for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
-                p, state = f >> 11, f & 2047
-                c[node] = p + ((goal - p) * rate[state] >> 16) << 11 | steps[state]
-                h[s] += goal - h[s] >> 7
+            error = goal - p
+            if not -1300 < error < 1300:
+                error *= pace
+                change = [i * error >> 18 for i in x]
+                own[:] = map(add, own, change)
+                learnt = list(map(add, learnt, change))
+                common = [w + len(rows) * c for w, c in zip(common, change)]  # noqa: B905
+                for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
+                    p, state = f >> 13, f & 8191
+                    c[node] = p + ((goal - p) * rate[state] >> 16) << 13 | steps[state]
+                    h[s] += goal - h[s] >> 7
             node = nodes[node][bit]
-        context.read(chr(-1 - node))
-    return context.text
+        for row in rows:
+            row[:] = map(add, row, learnt)
+        text += chr(-1 - node)
+        keys, chosen = context.send(text[-1])
+    return text
 
 
 def digit_values(data: bytes) -> list[int]:
@@ -395,8 +391,9 @@ def expand(data: bytes) -> str:
         return int(bit)
 
     size, value, width = number(3), number(4), BASE**4
-    words, _, body = spell(choose, size).partition("\n\n")
-    return body.translate(dict(enumerate(words.split(), 128)))
+    words, _, body = spell(choose, size).partition("\n")
+    blanks = ["\n" + " " * count for count in range(BLANKS)]
+    return body.translate(dict(enumerate(blanks + words.split(" "), 128)))
 
 
 def program(scope: dict, head: str, data: bytes) -> CodeType:
@@ -426,14 +423,19 @@ def comment_bytes(digits: list[int]) -> bytes:
 
 
 def with_words(text: str) -> str:
-    """A list of frequent words, then the text with one character (128 and up) for each."""
+    """A list of words, then the text with one character (128 and up) for each and for a line's end.
+
+    The list is alphabetical, first the frequent ones and then the others.
+    """
     counts = collections.Counter(re.findall("[A-Za-z]{2,}", text))
-    gain = {word: (count - 1) * (2 * len(word) - 1) for word, count in counts.items()}
-    words = sorted(sorted(gain), key=gain.get, reverse=True)[:128]
-    words = sorted((w for w in words if counts[w] > 2), key=counts.get, reverse=True)
-    codes = {word: chr(code) for code, word in enumerate(words, 128)}
+    gain = {word: (n - 1) * (2 * len(word) - 1) for word, n in counts.items() if n > 2}
+    words = sorted(sorted(gain), key=gain.get, reverse=True)[:WORDS]
+    words = sorted(sorted(words), key=counts.get, reverse=True)
+    words = sorted(words[:FREQUENT]) + sorted(words[FREQUENT:])
+    codes = {word: chr(code) for code, word in enumerate(words, 128 + BLANKS)}
     body = re.sub("[A-Za-z]+", lambda found: codes.get(found[0], found[0]), text)
-    return " ".join(words) + "\n\n" + body
+    body = re.sub(f"\n {{0,{BLANKS - 1}}}", lambda found: chr(127 + len(found[0])), body)
+    return " ".join(words) + "\n" + body
 
 
 def symbol_paths() -> dict[str, list[int]]:
@@ -475,8 +477,9 @@ def compress(text: str) -> bytes:
 
 def codec_source() -> str:
     """What the packed file needs of this one."""
-    parts = (Context, symbol_tree, tables, spell, digit_values, expand, program)
-    source = f"import linecache, sys, traceback\nfrom operator import mul\n{BASE=}\n{COMMON=}\n"
+    parts = (contexts, symbol_tree, tables, spell, digit_values, expand, program)
+    source = "import linecache, sys, traceback\nfrom operator import add, mul\n"
+    source += f"{BASE=}\n{COMMON=}\n{BLANKS=}\n{FREQUENT=}\n{WORDS=}\n"
     return small_source(source + "\n".join(inspect.getsource(part) for part in parts))
 
 
