@@ -28,6 +28,8 @@ import collections
 import hashlib
 import inspect
 import io
+import itertools
+import keyword
 import linecache
 import re
 import string
@@ -46,6 +48,14 @@ from types import CodeType
 
 LIMIT_BYTES = 25_000  # of a packed file
 HELP_NOTE = "\n\nThis is the packed file; the readable one beside it says what the settings mean."
+# What records/ and data/ use of the program.
+PUBLIC = set(
+    """ALIASES BYTE_OFFSET SHARD_HEADER_BYTES SHARD_MAGIC SHARD_VERSION SMOKE
+    apply_gradients atomic_write code_bytes data_proof decode_documents
+    depth_plan evaluate file_sha256 find_shards inputs_and_targets main make_optimizers
+    open_artifact parameter_groups read_shard select_attention set_fingerprint
+    set_schedule sliding_windows stored_config""".split()
+)
 # Annotations that change what a dataclass or a Triton kernel does.
 MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
 
@@ -135,6 +145,36 @@ def outer_functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef
             yield from outer_functions(node)
 
 
+def rename_globals(tree: ast.Module) -> ast.Module:
+    """Give functions and constants of the module names of two letters, in place; returns the tree.
+
+    Only those that no other code can reach by name: without decorators, not PUBLIC, in no string,
+    attribute, keyword, parameter or import, and bound at the top of the file alone.
+    """
+    own, fixed, places = {}, set(PUBLIC), []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            own[node] = node.name
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            own |= {n: n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+    for node in ast.walk(tree):
+        if node in own or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            places.append((node, "id" if isinstance(node, ast.Name) else "name"))
+            continue
+        for _, value in ast.iter_fields(node):
+            texts = [
+                v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)
+            ]
+            fixed.update(*(re.findall(r"\w+", text) for text in texts))
+    taken = fixed | {getattr(*place) for place in places} | {*dir(builtins), *keyword.kwlist}
+    pairs = map("".join, itertools.product(string.ascii_letters, repeat=2))
+    local = [name for name in dict.fromkeys(own.values()) if name not in fixed]
+    names = dict(zip(local, (pair for pair in pairs if pair not in taken), strict=False))
+    for node, field in places:
+        setattr(node, field, names.get(getattr(node, field), getattr(node, field)))
+    return tree
+
+
 def rename_locals(tree: ast.Module) -> ast.Module:
     """Give local variables names of one letter, in place; returns the tree.
 
@@ -206,7 +246,8 @@ def without_blanks(source: str) -> str:
 
 def small_source(source: str, *, sentences: bool = True) -> str:
     """The program in as few characters as its syntax tree allows; ASCII."""
-    tree = rename_locals(stripped(ast.parse(source), sentences=sentences))
+    tree = stripped(ast.parse(source), sentences=sentences)
+    tree = rename_locals(rename_globals(tree))
     text = without_blanks(ast.unparse(tree) + "\n")
     text = text.encode("ascii", "backslashreplace").decode()  # only strings hold other characters
     assert ast.dump(ast.parse(text)) == ast.dump(tree), "the small source is another program"
@@ -220,7 +261,7 @@ def small_source(source: str, *, sentences: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------
 
 BASE = 253  # the bytes of a comment: all but NUL, LF and CR
-COMMON = " ea.(),t\nsr_oni='dlc:pmubhfg0[]k1{}EAyv"  # by falling frequency
+COMMON = " ,.()=_'a:ecb0tidrfson[]l1g{}*pmhu2-k+/xjvq634wEy5<AT8"  # by falling frequency
 # Symbols from 128 on: a line's end and the blanks after it, frequent words, other words.
 BLANKS, FREQUENT, WORDS = 12, 64, 700
 
@@ -272,9 +313,9 @@ def symbol_tree() -> list[list[int]]:
     The symbols stand in order of their codes, so that neighbours share a path, and common ones
     are near the root.
     """
-    weight = [60] * 128 + [300] * (BLANKS + FREQUENT) + [30] * (WORDS - FREQUENT)
-    for place, symbol in enumerate(COMMON, 9):
-        weight[ord(symbol)] = 20000 // place
+    weight = [25] * 128 + [200] * BLANKS + [100] * FREQUENT + [10] * (WORDS - FREQUENT)
+    for place, symbol in enumerate(COMMON, 11):
+        weight[ord(symbol)] = 44000 // place - 600
     nodes, todo = [], [(0, len(weight), [0], 0)]
     for low, high, parent, side in todo:
         if high - low < 2:
@@ -400,7 +441,7 @@ def program(scope: dict, head: str, data: bytes) -> CodeType:
     """The code of a packed file; its lines are made known to tracebacks and `inspect`.
 
     Args:
-        scope: variables of the module, which has not run yet.
+        scope: variables of the module, which has not yet.
         head: the packed file's own lines; the program's are numbered from there.
         data: what `compress` gave.
     """
