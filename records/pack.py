@@ -48,13 +48,13 @@ from types import CodeType
 
 LIMIT_BYTES = 25_000  # of a packed file
 HELP_NOTE = "\n\nThis is the packed file; the readable one beside it says what the settings mean."
-# What records/ and data/ use of the program.
+# What records/ and data/ use of the program, and what the head below uses of this one.
 PUBLIC = set(
     """ALIASES BYTE_OFFSET SHARD_HEADER_BYTES SHARD_MAGIC SHARD_VERSION SMOKE
     apply_gradients atomic_write code_bytes data_proof decode_documents
     depth_plan evaluate file_sha256 find_shards inputs_and_targets main make_optimizers
     open_artifact parameter_groups read_shard select_attention set_fingerprint
-    set_schedule sliding_windows stored_config""".split()
+    program set_schedule sliding_windows stored_config""".split()
 )
 # Annotations that change what a dataclass or a Triton kernel does.
 MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
@@ -120,9 +120,24 @@ class Stripper(ast.NodeTransformer):
 
 
 def stripped(tree: ast.Module, *, sentences: bool = True) -> ast.Module:
-    """A copy of the program without docstrings (but the module's) and annotations."""
+    """A copy of the program without docstrings (but the module's) and annotations.
+
+    Nor does it import what annotations alone used.
+    """
     copy = ast.parse(ast.unparse(tree))
-    return ast.fix_missing_locations(Stripper(sentences).visit(copy))
+    before = names_used(copy)
+    copy = ast.fix_missing_locations(Stripper(sentences).visit(copy))
+    unused = before - names_used(copy)
+    for node in copy.body:
+        if isinstance(node, ast.ImportFrom):
+            kept = [alias for alias in node.names if (alias.asname or alias.name) not in unused]
+            node.names = kept or node.names[:1]
+    return copy
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Names that the program reads or sets."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def bound_names(tree: ast.AST) -> Iterator[str]:
@@ -202,7 +217,9 @@ def rename_locals(tree: ast.Module) -> ast.Module:
                 uses.append(node)
         handlers = [n for n in ast.walk(function) if isinstance(n, ast.ExceptHandler) and n.name]
         stored = [n.id for n in uses if isinstance(n.ctx, ast.Store)] + [n.name for n in handlers]
-        local = [name for name in dict.fromkeys(stored) if name not in kept]
+        uses.sort(key=lambda n: (n.lineno, n.col_offset))  # so that new names come in order
+        order = [n.id for n in uses] + [n.name for n in handlers]
+        local = [name for name in dict.fromkeys(order) if name in set(stored) - kept]
         taken = kept | ({n.id for n in uses} - set(local))
         names = dict(zip(local, (c for c in string.ascii_letters if c not in taken), strict=False))
         for node in uses:
@@ -288,7 +305,7 @@ def contexts() -> Generator[tuple, str, None]:
         if not line_end and (symbol > "~" or symbol.isalnum() or symbol == "_"):
             word += symbol
             continue
-        for token in filter(None, (word, symbol.strip(" "))):
+        for token in filter(None, (word, "\n" if line_end else symbol.strip(" "))):
             if start:
                 first[indent], start = token, False
             kinds = (kinds + ("w" if token == word else token))[-6:]
@@ -527,17 +544,16 @@ def codec_source() -> str:
 # What a person and Python read of the packed file; two comments of data follow.
 HEAD = """\
 # -*- coding: latin-1 -*-
-# train_gpt.py packed by records/pack.py; the readable source is beside this file, its sha256 is
-# {digest}
-import sys,zlib
+# Packed by records/pack.py; the readable source is beside this file, sha256 {digest}
 def unpacked():
- with open(__file__,"rb")as file:head,*data=file.read().split(b"\\n#:")
+ import sys,zlib
+ head,*data=open(__file__,"rb").read().split(b"\\n#:")
  if zlib.crc32(b"".join(data))!={crc}:
   print(__file__+": damaged, it must be copied or packed again",file=sys.stderr)
   sys.exit(2)
- number,codec=0,{{}}
- for c in data[0]:number=number*253+c-1-(c>10)-(c>13)
- exec(zlib.decompress(number.to_bytes({size},"big")),codec)
+ n,codec=0,{{}}
+ for c in data[0]:n=n*253+c-1-(c>10)-(c>13)
+ exec(zlib.decompress(n.to_bytes({size},"big")),codec)
  return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1])
 exec(unpacked())"""
 
@@ -554,7 +570,7 @@ def pack_source(source: str) -> bytes:
         digits.append(digit)
     for sentences in (True, False):
         data = [comment_bytes(digits[::-1]), compress(small_source(source, sentences=sentences))]
-        crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()
+        crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()[:16]
         head = HEAD.format(digest=digest, crc=crc, size=len(codec)).encode()
         packed = b"\n#:".join([head, *data])
         if len(packed) <= LIMIT_BYTES:
