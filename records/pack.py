@@ -272,7 +272,7 @@ def small_source(source: str, *, sentences: bool = True) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2  The model: which bit comes next, from what followed in thirteen kinds of context
+# 2  The model: which bit comes next, from what followed in sixteen kinds of context
 # A text is coded symbol by symbol, each a walk down one binary tree. Integers only, so that every
 # machine and Python predicts the same. The packed file contains these functions.
 # ---------------------------------------------------------------------------------------------
@@ -295,6 +295,7 @@ def contexts() -> Generator[tuple, str, None]:
         recent, inside, call = text[-1:], word != "", calls[-1]
         ahead = text[match] if match else ""
         keys = "", recent, text[-2:], text[-3:], text[-4:-1], (ahead, recent), word, (word, quote)
+        keys += text[-5:], (word, indent, start), (word, token, first.get(indent))
         keys += (word, call), (word, token, call[0]), (inside, kinds[-2:], first.get(indent))
         weights = recent, text[-2:-1], ahead, (inside, kinds[-2:]), (indent, len(calls), quote)
         symbol = yield (*keys, (inside, kinds[-4:]), (inside, kinds)), weights
@@ -325,7 +326,9 @@ def contexts() -> Generator[tuple, str, None]:
 
 
 def symbol_tree() -> list[list[int]]:
-    """Children of every node: a node's number, or -1 - symbol for a leaf; the root is node 0.
+    """Nodes, the root first: two children and the first symbol of the second.
+
+    A child is the number of a node, or -1 - symbol for a leaf.
 
     The symbols stand in order of their codes, so that neighbours share a path, and common ones
     are near the root.
@@ -341,7 +344,7 @@ def symbol_tree() -> list[list[int]]:
         balance = [abs(2 * sum(weight[low:m]) - sum(weight[low:high])) for m in range(low, high)]
         middle = max(low + 1, low + balance.index(min(balance)))
         parent[side] = len(nodes)
-        nodes.append([0, 0])
+        nodes.append([0, 0, middle])
         todo += [(low, middle, nodes[-1], 0), (middle, high, nodes[-1], 1)]
     return nodes
 
@@ -372,11 +375,12 @@ def tables() -> tuple:
     return squash, stretch, step, rate
 
 
-def spell(choose: Callable[[int], int], size: int) -> str:
-    """The text of `size` symbols whose bits `choose` gives, one at a time.
+def spell(choose: Callable[[int], int], size: int, known: str) -> str:
+    """The text of `size` symbols after `known`, whose bits `choose` gives, one at a time.
 
     Args:
         choose: gets the probability that the next bit is 1, in 65536ths, and returns that bit.
+        known: symbols to learn from beforehand.
     Source: context mixing after M. Mahoney's PAQ: counts and bit histories, mixed in the logistic
     domain by the sum of six sets of weights that learn on the way: one of the node of the tree,
     five of the context. What was all but certain teaches nothing, and is passed over to save time.
@@ -389,11 +393,11 @@ def spell(choose: Callable[[int], int], size: int) -> str:
     guess = [65536 * (5 * o + 2) // (5 * h.bit_length() - 1) for h, o in enumerate(ones, 1)]
     histories = [[32768, *guess] for _ in keys]
     node_weights = [[80000] * inputs for _ in nodes]
-    for place in range(size):
+    for place in range(-len(known), size):
         counts = [m.setdefault(key, {}) for m, key in zip(maps, keys)]  # noqa: B905
         rows = [s.setdefault(key, [80000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
         common, learnt = list(map(sum, zip(*rows))), [0] * inputs  # noqa: B905
-        node, pace = 0, 46 + 4000000 // (14000 + place)
+        node, pace = 0, 46 + 4000000 // (17000 + place)
         while node >= 0:
             found = [c.get(node, 32768 << 13 | 1) for c in counts]
             seen = [f & 63 for f in found]
@@ -403,7 +407,7 @@ def spell(choose: Callable[[int], int], size: int) -> str:
             own = node_weights[node]
             dot = sum(map(mul, map(add, own, common), x)) >> 22
             p = squash[max(-2047, min(dot, 2047)) + 2047]
-            bit = choose(p)
+            bit = choose(p) if place >= 0 else ord(known[place]) >= nodes[node][2]
             goal, steps = bit << 16, step[bit]
             error = goal - p
             if not -1300 < error < 1300:
@@ -421,6 +425,13 @@ def spell(choose: Callable[[int], int], size: int) -> str:
             row[:] = map(add, row, learnt)
         text += chr(-1 - node)
         keys, chosen = context.send(text[-1])
+    return text[len(known) :]
+
+
+def joined_lines(text: str) -> str:
+    """The text with one symbol for each line's end and the blanks after it."""
+    for count in range(BLANKS)[::-1]:
+        text = text.replace("\n" + " " * count, chr(128 + count))
     return text
 
 
@@ -429,8 +440,8 @@ def digit_values(data: bytes) -> list[int]:
     return [c - 1 - (c > 10) - (c > 13) for c in data]
 
 
-def expand(data: bytes) -> str:
-    """The text that `compress` made these bytes of."""
+def expand(data: bytes, known: str = "") -> str:
+    """The text that `compress` made these bytes of, with the same `known`."""
     digits = iter(digit_values(data))
 
     def number(places: int) -> int:
@@ -449,20 +460,20 @@ def expand(data: bytes) -> str:
         return int(bit)
 
     size, value, width = number(3), number(4), BASE**4
-    words, _, body = spell(choose, size).partition("\n")
+    words, _, body = spell(choose, size, joined_lines(known)).partition("\n")
     blanks = ["\n" + " " * count for count in range(BLANKS)]
     return body.translate(dict(enumerate(blanks + words.split(" "), 128)))
 
 
-def program(scope: dict, head: str, data: bytes) -> CodeType:
+def program(scope: dict, head: str, data: bytes, codec: str) -> CodeType:
     """The code of a packed file; its lines are made known to tracebacks and `inspect`.
 
     Args:
         scope: variables of the module, which has not yet.
         head: the packed file's own lines; the program's are numbered from there.
-        data: what `compress` gave.
+        data: what `compress` gave, which knew `codec`.
     """
-    name, text = scope["__file__"], expand(data)
+    name, text = scope["__file__"], expand(data, codec)
     # Without a time of change the lines stay: linecache would read the packed file instead.
     linecache.cache[name] = (len(text), None, (head + text).splitlines(True), name)
     if scope["__name__"] == "__main__":  # before Python 3.13 the built-in one reads the file
@@ -492,20 +503,22 @@ def with_words(text: str) -> str:
     words = sorted(words[:FREQUENT]) + sorted(words[FREQUENT:])
     codes = {word: chr(code) for code, word in enumerate(words, 128 + BLANKS)}
     body = re.sub("[A-Za-z]+", lambda found: codes.get(found[0], found[0]), text)
-    body = re.sub(f"\n {{0,{BLANKS - 1}}}", lambda found: chr(127 + len(found[0])), body)
-    return " ".join(words) + "\n" + body
+    return " ".join(words) + "\n" + joined_lines(body)
 
 
 def symbol_paths() -> dict[str, list[int]]:
     """The bits from the root of `symbol_tree` to each symbol."""
     nodes, paths = symbol_tree(), {0: []}
     for node, children in enumerate(nodes):
-        paths |= {child: [*paths[node], bit] for bit, child in enumerate(children)}
+        paths |= {child: [*paths[node], bit] for bit, child in enumerate(children[:2])}
     return {chr(-1 - leaf): path for leaf, path in paths.items() if leaf < 0}
 
 
-def compress(text: str) -> bytes:
-    """An ASCII text as bytes that a comment can hold; `expand` is the inverse."""
+def compress(text: str, known: str = "") -> bytes:
+    """An ASCII text as bytes that a comment can hold; `expand` is the inverse.
+
+    known: an ASCII text to learn from, which `expand` must be given too.
+    """
     if not text.isascii():
         raise ValueError("only ASCII text can be compressed; escape other characters")
     paths, text = symbol_paths(), with_words(text)
@@ -521,7 +534,7 @@ def compress(text: str) -> bytes:
             low, width = low % BASE**3 * BASE, width * BASE
         return bit
 
-    spell(choose, len(text))
+    spell(choose, len(text), joined_lines(known))
     digits += [0] * 4
     for place in range(1, 5):
         low, digits[-place] = divmod(low, BASE)
@@ -535,7 +548,7 @@ def compress(text: str) -> bytes:
 
 def codec_source() -> str:
     """What the packed file needs of this one."""
-    parts = (contexts, symbol_tree, tables, spell, digit_values, expand, program)
+    parts = (contexts, symbol_tree, tables, spell, joined_lines, digit_values, expand, program)
     source = "import linecache, sys, traceback\nfrom operator import add, mul\n"
     source += f"{BASE=}\n{COMMON=}\n{BLANKS=}\n{FREQUENT=}\n{WORDS=}\n"
     return small_source(source + "\n".join(inspect.getsource(part) for part in parts))
@@ -553,8 +566,9 @@ def unpacked():
   sys.exit(2)
  n,codec=0,{{}}
  for c in data[0]:n=n*253+c-1-(c>10)-(c>13)
- exec(zlib.decompress(n.to_bytes({size},"big")),codec)
- return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1])
+ text=zlib.decompress(n.to_bytes({size},"big")).decode()
+ exec(text,codec)
+ return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1],text)
 exec(unpacked())"""
 
 
@@ -563,13 +577,15 @@ def pack_source(source: str) -> bytes:
 
     Sentences of the settings are kept if the file is within LIMIT_BYTES with them.
     """
-    codec = zlib.compress(codec_source().encode(), 9)
+    known = codec_source()
+    codec = zlib.compress(known.encode(), 9)
     number, digits = int.from_bytes(codec, "big"), []
     while number:
         number, digit = divmod(number, BASE)
         digits.append(digit)
     for sentences in (True, False):
-        data = [comment_bytes(digits[::-1]), compress(small_source(source, sentences=sentences))]
+        small = small_source(source, sentences=sentences)
+        data = [comment_bytes(digits[::-1]), compress(small, known)]
         crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()[:16]
         head = HEAD.format(digest=digest, crc=crc, size=len(codec)).encode()
         packed = b"\n#:".join([head, *data])
@@ -587,7 +603,7 @@ def unpack_source(packed: bytes) -> str:
     crc = re.search(rb"!=(\d+):", head)
     if not crc or len(data) != 2 or int(crc[1]) != zlib.crc32(b"".join(data)):
         raise ValueError("not a packed file, or a damaged one")
-    return expand(data[1])
+    return expand(data[1], codec_source())
 
 
 def main(argv: list[str]) -> int:
