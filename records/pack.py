@@ -389,30 +389,27 @@ def spell(choose: Callable[[int], int], size: int, known: str) -> str:
     nodes, context, text = symbol_tree(), contexts(), ""
     keys, chosen = next(context)
     maps, sets, inputs = [{} for _ in keys], [{} for _ in chosen], 2 * len(keys) + 1
-    ones = [bin(h).count("1") - 1 for h in range(1, 64)]
-    guess = [65536 * (5 * o + 2) // (5 * h.bit_length() - 1) for h, o in enumerate(ones, 1)]
-    histories = [[32768, *guess] for _ in keys]
-    node_weights = [[80000] * inputs for _ in nodes]
+    histories = [[32768] * 64 for _ in keys]
+    node_weights = [[70000] * inputs for _ in nodes]
     for place in range(-len(known), size):
         counts = [m.setdefault(key, {}) for m, key in zip(maps, keys)]  # noqa: B905
-        rows = [s.setdefault(key, [80000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
+        rows = [s.setdefault(key, [70000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
         common, learnt = list(map(sum, zip(*rows))), [0] * inputs  # noqa: B905
-        node, pace = 0, 46 + 4000000 // (17000 + place)
+        node = 0
         while node >= 0:
             found = [c.get(node, 32768 << 13 | 1) for c in counts]
             seen = [f & 63 for f in found]
             x = [stretch[f >> 17] for f in found]
             x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
-            x.append(80)
+            x.append(256)
             own = node_weights[node]
             dot = sum(map(mul, map(add, own, common), x)) >> 22
-            p = squash[max(-2047, min(dot, 2047)) + 2047]
+            p = squash[dot + 2047 if -2048 < dot < 2048 else 4094 * (dot > 0)]
             bit = choose(p) if place >= 0 else ord(known[place]) >= nodes[node][2]
             goal, steps = bit << 16, step[bit]
             error = goal - p
             if not -1300 < error < 1300:
-                error *= pace
-                change = [i * error >> 18 for i in x]
+                change = [i * error >> 11 for i in x]
                 own[:] = map(add, own, change)
                 learnt = list(map(add, learnt, change))
                 common = [w + len(rows) * c for w, c in zip(common, change)]  # noqa: B905
@@ -435,14 +432,9 @@ def joined_lines(text: str) -> str:
     return text
 
 
-def digit_values(data: bytes) -> list[int]:
-    """The digits 0 to 252 that the bytes of a comment stand for."""
-    return [c - 1 - (c > 10) - (c > 13) for c in data]
-
-
 def expand(data: bytes, known: str = "") -> str:
     """The text that `compress` made these bytes of, with the same `known`."""
-    digits = iter(digit_values(data))
+    digits = iter([c - 1 - (c > 10) - (c > 13) for c in data])
 
     def number(places: int) -> int:
         value = 0
@@ -548,7 +540,7 @@ def compress(text: str, known: str = "") -> bytes:
 
 def codec_source() -> str:
     """What the packed file needs of this one."""
-    parts = (contexts, symbol_tree, tables, spell, joined_lines, digit_values, expand, program)
+    parts = (contexts, symbol_tree, tables, spell, joined_lines, expand, program)
     source = "import linecache, sys, traceback\nfrom operator import add, mul\n"
     source += f"{BASE=}\n{COMMON=}\n{BLANKS=}\n{FREQUENT=}\n{WORDS=}\n"
     return small_source(source + "\n".join(inspect.getsource(part) for part in parts))
