@@ -4,20 +4,20 @@
     python records/pack.py train_gpt.py OUT
 
 OUT runs, and is imported, like the readable file, with Python 3.10 or later; it keeps nothing on
-disk. It has no comments, docstrings or annotations, and short names for local variables. Sentences
-of the settings go only if OUT would be larger than LIMIT_BYTES with them.
+disk. It has no comments, docstrings or annotations, nor imports that these alone used, and short
+names for local variables and for functions and constants that nothing else can reach by name.
+Sentences of the settings go only if OUT would be larger than LIMIT_BYTES with them.
 
-Why a coder of our own: train_gpt.py of 147,363 bytes is 81,068 characters when stripped, and takes
+Why a coder of our own: train_gpt.py of 198,500 bytes is 100,146 characters when stripped, and takes
 
-                                    bytes   seconds to unpack, one shared core
-    lzma                           25,802   0.01
-    bz2                            25,661   0.01
-    brotli 11                      24,861   0.01, and a package
-    this model                     19,894   5 to 7
-    this model, names kept long    20,874   5 to 7
+                 bytes   seconds to unpack, one core
+    lzma        31,220   0.01
+    bz2         31,109   0.01
+    brotli 11   30,316   0.01, and a package
+    this model  22,321   10
 
 To all of them come the bytes that a Python file needs to hold data: base 85 adds a quarter, digits
-to base 253 in a comment (in the last two rows already) 0.3 %. The decoder adds 2,600.
+to base 253 in a comment (in the last row already) 0.3 %. The decoder and the head add 2,540.
 """
 
 from __future__ import annotations
@@ -566,7 +566,8 @@ exec(unpacked())"""
 def pack_source(source: str) -> bytes:
     """The source of a program as a smaller file that does the same.
 
-    Sentences of the settings are kept if the file is within LIMIT_BYTES with them.
+    Sentences of the settings are kept if the file is within LIMIT_BYTES with them. That is tried,
+    as it takes long, only if there is room for a bit per character of theirs; they need more.
     """
     known = codec_source()
     codec = zlib.compress(known.encode(), 9)
@@ -583,7 +584,7 @@ def pack_source(source: str) -> bytes:
 
     short, whole = (small_source(source, sentences=wanted) for wanted in (False, True))
     least = packed(short)
-    if len(least) + (len(whole) - len(short)) // 8 > LIMIT_BYTES:  # no text takes less than a bit
+    if len(least) + (len(whole) - len(short)) // 8 > LIMIT_BYTES:
         return least
     most = packed(whole)
     return most if len(most) <= LIMIT_BYTES else least
