@@ -182,7 +182,9 @@ class Config:
     max_wallclock_seconds: float = knob(
         600.0, "limit of training and calibration, 0: none [s]", low=0.0
     )
-    gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
+    gptq_reserve_seconds: float = knob(
+        0.0, "part of that limit kept for calibration and quantization, 0: measured [s]", low=0.0
+    )
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
     doc_packing: bool = knob(
@@ -441,7 +443,6 @@ SMOKE = dict(
     train_batch_tokens=1024,
     micro_batch_tokens=4096,
     max_wallclock_seconds=90.0,
-    gptq_reserve_seconds=3.0,
     warmup_steps=1,
     ema_decay=0.97,
     muon_momentum=0.9,
@@ -2693,6 +2694,29 @@ def warm_up(
             log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
 
 
+def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime, log: Log) -> Config:
+    """The configuration with the time that calibration and quantization of this model will take.
+
+    Two batches of calibration and, on rank 0, one pass of the quantizer tell; a tenth is added.
+    """
+    silent, plan = Log(".", "", enabled=False), depth_plan(cfg, looped=True)
+    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
+    begin = time.perf_counter()
+    hessians = collect_hessians(model, loader, 0, plan, trial, rt, silent)
+    rt.synchronize()
+    middle = time.perf_counter()
+    if rt.is_main:
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        quantize_model(weights, hessians, cfg, silent)
+        rt.synchronize()
+    batches = cfg.gptq_calibration_batches / trial.gptq_calibration_batches
+    needed = 1.1 * ((middle - begin) * batches + time.perf_counter() - middle)
+    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
+    log.line(f"GPTQ:reserving {seconds:.1f}s for calibration and quantization, as measured")
+    log.put(gptq_reserve_seconds=seconds)
+    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
+
+
 class StepLog:
     """Writes the training lines: loss, time, throughput, and model-FLOP utilisation.
 
@@ -4036,6 +4060,8 @@ def train_model(
 
     with rt.budget.phase("warm-up"):
         warm_up(forward, model, loader, cfg, rt, log)
+        if cfg.max_wallclock_seconds and not cfg.gptq_reserve_seconds:
+            cfg = measure_reserve(model, loader, cfg, rt, log)
     trained = train(forward, model, loader, validate, cfg, rt, log)
     if rt.device.type == "cuda":
         used, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

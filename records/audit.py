@@ -451,9 +451,12 @@ def check_data(program: ModuleType, cfg: Any, run: dict[str, Any]) -> Verdict:
     proof = program.data_proof(folder, cfg.tokenizer_file, trains=True)
     if then.get("data_fingerprint", proof["data_fingerprint"]) != proof["data_fingerprint"]:
         return Verdict("remark", f"{folder} is not the set that the run names", proof)
-    tool = Path(program.__file__).resolve().parent / "data" / "verify_dataset.py"
+    # Beside the program, or at the root of the repository that a record's folder lies in.
+    above = Path(program.__file__).resolve().parents[:4]
+    tools = [folder / "data" / "verify_dataset.py" for folder in above]
+    tool = next((tool for tool in tools if tool.exists()), None)
     small = sum(path.stat().st_size for path in train) <= VERIFY_BYTES
-    if small and tool.exists():
+    if small and tool:
         return verify(tool, folder, cfg.tokenizer_file, proof)
     if proof["data_verified"]:
         return Verdict("pass", f"{folder / 'verified.json'} vouches for the shards", proof)

@@ -237,6 +237,26 @@ def test_the_part_done_is_that_of_whichever_limit_comes_first(tiny_cfg):
     assert t.training_frac(10, 1e9, dataclasses.replace(cfg, max_wallclock_seconds=0.0)) == 0.1
 
 
+def test_the_reserve_is_what_calibration_and_quantization_take(tiny_cfg, rt, loader, silent_log):
+    cfg = dataclasses.replace(tiny_cfg, max_wallclock_seconds=500.0, gptq_calibration_batches=12)
+    model, seconds = fresh(cfg), {}
+    before = copy.deepcopy(model.state_dict())
+    measured = t.measure_reserve(model, loader, cfg, rt, silent_log).gptq_reserve_seconds
+    begin = t.time.perf_counter()
+    plan = t.depth_plan(cfg, looped=True)
+    hessians = t.collect_hessians(model, loader, 0, plan, cfg, rt, silent_log)
+    t.quantize_model(
+        {n: p.detach() for n, p in model.named_parameters()}, hessians, cfg, silent_log
+    )
+    seconds = t.time.perf_counter() - begin
+    assert 0.4 * seconds < measured < 4 * seconds, "a shared machine is not a quiet one"
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    short = dataclasses.replace(cfg, max_wallclock_seconds=1e-3)
+    capped = t.measure_reserve(model, loader, short, rt, silent_log)
+    assert capped.gptq_reserve_seconds == 0.5e-3, "half of the time is left to train"
+    assert capped.train_seconds == 0.5e-3
+
+
 def test_warm_up_leaves_no_trace(tiny_cfg, rt, loader, silent_log):
     cfg = dataclasses.replace(tiny_cfg, warmup_steps=3, iterations=6)
     model = fresh(cfg)
