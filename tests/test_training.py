@@ -237,24 +237,32 @@ def test_the_part_done_is_that_of_whichever_limit_comes_first(tiny_cfg):
     assert t.training_frac(10, 1e9, dataclasses.replace(cfg, max_wallclock_seconds=0.0)) == 0.1
 
 
-def test_the_reserve_is_what_calibration_and_quantization_take(tiny_cfg, rt, loader, silent_log):
+def test_the_reserve_is_what_calibration_and_quantization_take(
+    tiny_cfg, rt, loader, silent_log, monkeypatch
+):
+    now = [0.0]
+    calibrate, quantize = t.collect_hessians, t.quantize_model
+
+    def slow_calibration(model, loader, first, plan, cfg, *rest):
+        now[0] += 3.0 * cfg.gptq_calibration_batches
+        return calibrate(model, loader, first, plan, cfg, *rest)
+
+    def slow_quantization(*args):
+        now[0] += 7.0
+        return quantize(*args)
+
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(t, "collect_hessians", slow_calibration)
+    monkeypatch.setattr(t, "quantize_model", slow_quantization)
     cfg = dataclasses.replace(tiny_cfg, max_wallclock_seconds=500.0, gptq_calibration_batches=12)
-    model, seconds = fresh(cfg), {}
+    model = fresh(cfg)
     before = copy.deepcopy(model.state_dict())
-    measured = t.measure_reserve(model, loader, cfg, rt, silent_log).gptq_reserve_seconds
-    begin = t.time.perf_counter()
-    plan = t.depth_plan(cfg, looped=True)
-    hessians = t.collect_hessians(model, loader, 0, plan, cfg, rt, silent_log)
-    t.quantize_model(
-        {n: p.detach() for n, p in model.named_parameters()}, hessians, cfg, silent_log
-    )
-    seconds = t.time.perf_counter() - begin
-    assert 0.4 * seconds < measured < 4 * seconds, "a shared machine is not a quiet one"
+    measured = t.measure_reserve(model, loader, cfg, rt, silent_log)
+    assert measured.gptq_reserve_seconds == pytest.approx(1.1 * (12 * 3.0 + 7.0))
+    assert measured.train_seconds == pytest.approx(500 - 47.3)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    short = dataclasses.replace(cfg, max_wallclock_seconds=1e-3)
-    capped = t.measure_reserve(model, loader, short, rt, silent_log)
-    assert capped.gptq_reserve_seconds == 0.5e-3, "half of the time is left to train"
-    assert capped.train_seconds == 0.5e-3
+    short = dataclasses.replace(cfg, max_wallclock_seconds=20.0)
+    assert t.measure_reserve(model, loader, short, rt, silent_log).train_seconds == 10.0
 
 
 def test_warm_up_leaves_no_trace(tiny_cfg, rt, loader, silent_log):
