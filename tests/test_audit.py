@@ -391,8 +391,8 @@ def test_the_slice_holds_the_edge_of_a_document(honest, tmp_path):
     cfg = t.Config.from_env(
         {**honest[0], "ARTIFACT": str(honest[1]), "LOG_DIR": str(tmp_path)}, cuda=False
     )
-    with t.Runtime(cfg, {}) as rt, t.Log(cfg.log_dir, "x", enabled=False) as log:
-        subject = audit.Subject(t, cfg, rt, log)
+    with t.Runtime(cfg, {}) as rt:
+        subject = audit.Subject(t, cfg, rt)
     assert subject.tokens[0] == subject.table.bos
     assert subject.tokens[subject.document_edge + 1] == subject.table.bos
     found = audit.changes(subject)
