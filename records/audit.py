@@ -506,9 +506,9 @@ def verify(tool: Path, folder: Path, tokenizer: Path, proof: dict[str, Any]) -> 
         )
     if done.returncode == 0:
         return Verdict("pass", "data/verify_dataset.py: clean, no validation document in it", proof)
-    said = [line.strip() for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    said = said or done.stderr.strip().splitlines()[-1:]
-    verdict = "fail" if done.returncode == 1 else "remark"
+    rows = [line.strip() for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    said = rows or done.stderr.strip().splitlines()[-1:]  # a tool that could not run proves nothing
+    verdict = "fail" if rows else "remark"
     return Verdict(verdict, "data/verify_dataset.py: " + "; ".join(said), proof)
 
 
