@@ -273,7 +273,7 @@ class Config:
     )
     # Audit
     audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
-    audit_tokens: int = knob(1024, "targets that it scores again and again [tokens]", low=64)
+    audit_tokens: int = knob(768, "targets that it scores again and again [tokens]", low=64)
     # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)

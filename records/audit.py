@@ -36,8 +36,8 @@ TRAINING_SECONDS, EVALUATION_SECONDS, TOTAL_BYTES = 600.0, 600.0, 16_000_000
 CHUNKS = 4  # of the slice: three adaptations
 REPLAYS = 3  # targets per chunk whose distribution is computed anew
 ALTERNATIVES = 32  # tokens whose loss is asked for where asking for all would take too long
-WHOLE_SUM_TOKENS = 1 << 14  # most tokens of the forwards that ask for all
-LONG_SUM_TOKENS = 1 << 17  # of one such sum, after the first adaptation
+SUM_OPERATIONS = 2e10  # most of the forwards that ask for all
+LONG_SUM_OPERATIONS = 3e11  # of one such sum, after the first adaptation
 VERIFY_BYTES = 1 << 26  # shards up to this size are verified again, larger ones by their proof
 LOST_SECONDS, LOST_PART = 1.0, 0.01  # of the calendar's clock, that phases may leave unexplained
 CONDITIONS = (
@@ -288,17 +288,21 @@ class Change(NamedTuple):
 
 
 def replay_targets(subject: Subject) -> dict[int, int]:
-    """The first and some other targets of each chunk, and what a whole sum may cost there.
+    """The first and some other targets of each chunk, and what a whole sum may cost there [tokens].
 
-    After the first adaptation one sum may be long.
+    After the first adaptation one sum may be long; at target 0, which has one token before it,
+    there always is one.
     """
+    vocabulary, model = len(subject.table.base_bytes), subject.model
+    per_token = model.flops_per_token(subject.plan, subject.cfg.eval_seq_len) / 3  # forward alone
     total, chunk = len(subject.tokens) - 1, subject.cfg.ttt_chunk_tokens
     draw, found = np.random.default_rng([subject.cfg.seed, total, 1]), {}
     for first in range(0, total, chunk):
         others = draw.integers(first, min(first + chunk, total), REPLAYS - 1).tolist()
         for target in sorted({first, *others}):
-            found[target] = LONG_SUM_TOKENS if target == chunk else WHOLE_SUM_TOKENS
-    return found
+            operations = LONG_SUM_OPERATIONS if target == chunk else SUM_OPERATIONS
+            found[target] = int(operations / per_token)
+    return found | {0: max(found[0], vocabulary)}
 
 
 ALONE = "this one target"
