@@ -28,6 +28,8 @@ import collections
 import hashlib
 import inspect
 import io
+import itertools
+import keyword
 import linecache
 import re
 import string
@@ -35,8 +37,8 @@ import sys
 import tokenize
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
-from operator import mul
+from collections.abc import Callable, Generator, Iterator
+from operator import add, mul
 from pathlib import Path
 from types import CodeType
 
@@ -46,6 +48,14 @@ from types import CodeType
 
 LIMIT_BYTES = 25_000  # of a packed file
 HELP_NOTE = "\n\nThis is the packed file; the readable one beside it says what the settings mean."
+# What records/ and data/ use of the program, and what the head below uses of this one.
+PUBLIC = set(
+    """ALIASES BYTE_OFFSET SHARD_HEADER_BYTES SHARD_MAGIC SHARD_VERSION SMOKE
+    apply_gradients atomic_write code_bytes data_proof decode_documents
+    depth_plan evaluate file_sha256 find_shards inputs_and_targets main make_optimizers
+    open_artifact parameter_groups read_shard select_attention set_fingerprint
+    program set_schedule sliding_windows stored_config""".split()
+)
 # Annotations that change what a dataclass or a Triton kernel does.
 MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
 
@@ -110,9 +120,24 @@ class Stripper(ast.NodeTransformer):
 
 
 def stripped(tree: ast.Module, *, sentences: bool = True) -> ast.Module:
-    """A copy of the program without docstrings (but the module's) and annotations."""
+    """A copy of the program without docstrings (but the module's) and annotations.
+
+    Nor does it import what annotations alone used.
+    """
     copy = ast.parse(ast.unparse(tree))
-    return ast.fix_missing_locations(Stripper(sentences).visit(copy))
+    before = names_used(copy)
+    copy = ast.fix_missing_locations(Stripper(sentences).visit(copy))
+    unused = before - names_used(copy)
+    for node in copy.body:
+        if isinstance(node, ast.ImportFrom):
+            kept = [alias for alias in node.names if (alias.asname or alias.name) not in unused]
+            node.names = kept or node.names[:1]
+    return copy
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Names that the program reads or sets."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def bound_names(tree: ast.AST) -> Iterator[str]:
@@ -133,6 +158,36 @@ def outer_functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef
             yield node
         elif isinstance(node, ast.ClassDef):
             yield from outer_functions(node)
+
+
+def rename_globals(tree: ast.Module) -> ast.Module:
+    """Give functions and constants of the module names of two letters, in place; returns the tree.
+
+    Only those that no other code can reach by name: without decorators, not PUBLIC, in no string,
+    attribute, keyword, parameter or import, and bound at the top of the file alone.
+    """
+    own, fixed, places = {}, set(PUBLIC), []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            own[node] = node.name
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            own |= {n: n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+    for node in ast.walk(tree):
+        if node in own or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            places.append((node, "id" if isinstance(node, ast.Name) else "name"))
+            continue
+        for _, value in ast.iter_fields(node):
+            texts = [
+                v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)
+            ]
+            fixed.update(*(re.findall(r"\w+", text) for text in texts))
+    taken = fixed | {getattr(*place) for place in places} | {*dir(builtins), *keyword.kwlist}
+    pairs = map("".join, itertools.product(string.ascii_letters, repeat=2))
+    local = [name for name in dict.fromkeys(own.values()) if name not in fixed]
+    names = dict(zip(local, (pair for pair in pairs if pair not in taken), strict=False))
+    for node, field in places:
+        setattr(node, field, names.get(getattr(node, field), getattr(node, field)))
+    return tree
 
 
 def rename_locals(tree: ast.Module) -> ast.Module:
@@ -162,7 +217,9 @@ def rename_locals(tree: ast.Module) -> ast.Module:
                 uses.append(node)
         handlers = [n for n in ast.walk(function) if isinstance(n, ast.ExceptHandler) and n.name]
         stored = [n.id for n in uses if isinstance(n.ctx, ast.Store)] + [n.name for n in handlers]
-        local = [name for name in dict.fromkeys(stored) if name not in kept]
+        uses.sort(key=lambda n: (n.lineno, n.col_offset))  # so that new names come in order
+        order = [n.id for n in uses] + [n.name for n in handlers]
+        local = [name for name in dict.fromkeys(order) if name in set(stored) - kept]
         taken = kept | ({n.id for n in uses} - set(local))
         names = dict(zip(local, (c for c in string.ascii_letters if c not in taken), strict=False))
         for node in uses:
@@ -206,7 +263,8 @@ def without_blanks(source: str) -> str:
 
 def small_source(source: str, *, sentences: bool = True) -> str:
     """The program in as few characters as its syntax tree allows; ASCII."""
-    tree = rename_locals(stripped(ast.parse(source), sentences=sentences))
+    tree = stripped(ast.parse(source), sentences=sentences)
+    tree = rename_locals(rename_globals(tree))
     text = without_blanks(ast.unparse(tree) + "\n")
     text = text.encode("ascii", "backslashreplace").decode()  # only strings hold other characters
     assert ast.dump(ast.parse(text)) == ast.dump(tree), "the small source is another program"
@@ -214,79 +272,71 @@ def small_source(source: str, *, sentences: bool = True) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2  The model: which bit comes next, from what followed in ten kinds of context
+# 2  The model: which bit comes next, from what followed in sixteen kinds of context
 # A text is coded symbol by symbol, each a walk down one binary tree. Integers only, so that every
 # machine and Python predicts the same. The packed file contains these functions.
 # ---------------------------------------------------------------------------------------------
 
 BASE = 253  # the bytes of a comment: all but NUL, LF and CR
-COMMON = " ea.(),t\nsr_oni='dlc:pmubhfg0[]k1{}EAyv"  # by falling frequency
+COMMON = " ,.()=_'a:ecb0tidrfson[]l1g{}*pmhu2-k+/xjvq634wEy5<AT8"  # by falling frequency
+# Symbols from 128 on: a line's end and the blanks after it, frequent words, other words.
+BLANKS, FREQUENT, WORDS = 12, 64, 700
 
 
-class Context:
-    """What has been read, as the keys under which the ten predictors keep what followed."""
+def contexts() -> Generator[tuple, str, None]:
+    """What has been read, in two tuples, first of nothing and then after each symbol sent.
 
-    def __init__(self):
-        self.text = self.word = self.kinds = ""
-        self.tokens, self.calls, self.first, self.last = [""], [""], {}, {}
-        self.count = self.indent = self.match = self.run = 0
-
-    def keys(self) -> tuple:
-        """One key per predictor."""
-        text, word = self.text, self.word
-        return (
-            "",
-            text[-1:],
-            text[-2:],
-            text[-3:],
-            word,
-            (word, self.first.get(self.indent), self.tokens[-1]),
-            (word, self.calls[-1], self.tokens[-1]),
-            (word, self.first.get(self.indent), self.count),
-            (self.kinds, word != ""),
-            (text[self.match] if self.match else "", min(self.run, 15)),
-        )
-
-    def read(self, symbol: str) -> None:
-        """Go on by one symbol: the longest repetition, then the tokens of the line."""
-        hit = self.match and self.text[self.match] == symbol
-        self.text += symbol
-        self.match, self.run = (self.match + 1, self.run + 1) if hit else (0, 0)
-        end, recent = len(self.text), self.text[-4:]
-        if not hit:
-            self.match = self.last.get(recent, 0)
-            self.run = 4 * (self.match > 0)
-        self.last[recent] = end
-        if symbol > "~" or symbol.isalnum() or symbol == "_":
-            self.word += symbol
-            return
-        for token in filter(None, (self.word, symbol.strip(" "))):
-            self.tokens.append(token)
-            if not self.count:
-                self.first[self.indent] = token
-            self.count += 1
-            self.kinds = (self.kinds + ("w" if token == self.word else token))[-4:]
-        if symbol in "([{":
-            self.calls.append(self.word or symbol)
+    The keys under which the predictors keep what followed, and those of the sets of weights.
+    """
+    text = word = token = quote = kinds = ""
+    calls, first, last, start = [("", 0)], {}, {}, True
+    indent = match = 0
+    while True:
+        recent, inside, call = text[-1:], word != "", calls[-1]
+        ahead = text[match] if match else ""
+        keys = "", recent, text[-2:], text[-3:], text[-4:-1], (ahead, recent), word, (word, quote)
+        keys += text[-5:], (word, indent, start), (word, token, first.get(indent))
+        keys += (word, call), (word, token, call[0]), (inside, kinds[-2:], first.get(indent))
+        weights = recent, text[-2:-1], ahead, (inside, kinds[-2:]), (indent, len(calls), quote)
+        symbol = yield (*keys, (inside, kinds[-4:]), (inside, kinds)), weights
+        text += symbol
+        match = match + 1 if ahead == symbol else last.get(text[-4:], 0)
+        last[text[-4:]] = len(text)
+        line_end = 0 <= ord(symbol) - 128 < BLANKS
+        if not line_end and (symbol > "~" or symbol.isalnum() or symbol == "_"):
+            word += symbol
+            continue
+        for token in filter(None, (word, "\n" if line_end else symbol.strip(" "))):
+            if start:
+                first[indent], start = token, False
+            kinds = (kinds + ("w" if token == word else token))[-6:]
+        if symbol in "'\"":
+            quote = "" if quote == symbol else quote or symbol
+        if line_end:
+            quote, calls, start, indent = "", [("", 0)], True, symbol
+        elif quote:
+            pass
+        elif symbol in "([{":
+            calls.append((word or symbol, 0))
         elif symbol in ")]}":
-            self.calls = self.calls[:-1] or [""]
-        elif symbol == "\n":
-            self.calls, self.count, self.indent = [""], 0, 0
-        elif symbol == " " and not self.count:
-            self.indent += 1
-        self.word = ""
+            calls = calls[:-1] or [("", 0)]
+        elif symbol == ",":
+            calls[-1] = call[0], call[1] + 1
+        word = ""
 
 
 def symbol_tree() -> list[list[int]]:
-    """Children of every node: a node's number, or -1 - symbol for a leaf; the root is node 0.
+    """Nodes, the root first: two children and the first symbol of the second.
+
+    A child is the number of a node, or -1 - symbol for a leaf.
 
     The symbols stand in order of their codes, so that neighbours share a path, and common ones
     are near the root.
     """
-    weight = [60] * 128 + [5000 // i for i in range(10, 138)]
-    for place, symbol in enumerate(COMMON, 9):
-        weight[ord(symbol)] = 20000 // place
-    nodes, todo = [], [(0, 256, [0], 0)]
+    weight = [25] * 128 + [200] * BLANKS + [100] * FREQUENT + [10] * (WORDS - FREQUENT)
+    for place, symbol in enumerate(COMMON, 11):
+        weight[ord(symbol)] = 44000 // place - 600
+    nodes, todo = [], [(0, len(weight), [0], 0)]
     for low, high, parent, side in todo:
         if high - low < 2:
             parent[side] = -1 - low
@@ -294,7 +344,7 @@ def symbol_tree() -> list[list[int]]:
         balance = [abs(2 * sum(weight[low:m]) - sum(weight[low:high])) for m in range(low, high)]
         middle = max(low + 1, low + balance.index(min(balance)))
         parent[side] = len(nodes)
-        nodes.append([0, 0])
+        nodes.append([0, 0, middle])
         todo += [(low, middle, nodes[-1], 0), (middle, high, nodes[-1], 1)]
     return nodes
 
@@ -302,7 +352,7 @@ def symbol_tree() -> list[list[int]]:
 def tables() -> tuple:
     """Logistic function and its inverse (x in 256ths, p in 65536ths), and the steps of a count.
 
-    A count is 11 bits: how often the context was seen (up to 31), and the last bits that followed
+    A count is 13 bits: how often the context was seen (up to 127), and the last bits that followed
     (up to 5, after a leading 1).
     """
     half, p = [], 1 << 31
@@ -316,68 +366,75 @@ def tables() -> tuple:
             x += 1
         stretch.append(x - 2047)
     step = [[], []]
-    for count in range(2048):
+    for count in range(8192):
         for bit in (0, 1):
             seen = count % 64 * 2 + bit
             seen = seen % 32 + 32 if seen > 63 else seen
-            step[bit].append(min(count // 64 + 1, 31) * 64 + seen)
-    rate = [131072 // (2 * (count // 64) + 3) for count in range(2048)]
+            step[bit].append(min(count // 64 + 1, 127) * 64 + seen)
+    rate = [131072 // (2 * (count // 64) + 3) for count in range(8192)]
     return squash, stretch, step, rate
 
 
-def spell(choose: Callable[[int], int], size: int) -> str:
-    """The text of `size` symbols whose bits `choose` gives, one at a time.
+def spell(choose: Callable[[int], int], size: int, known: str) -> str:
+    """The text of `size` symbols after `known`, whose bits `choose` gives, one at a time.
 
     Args:
         choose: gets the probability that the next bit is 1, in 65536ths, and returns that bit.
+        known: symbols to learn from beforehand.
     Source: context mixing after M. Mahoney's PAQ: counts and bit histories, mixed in the logistic
-    domain by two sets of weights (by node of the tree, and by last symbol) that learn on the way.
+    domain by the sum of six sets of weights that learn on the way: one of the node of the tree,
+    five of the context. What was all but certain teaches nothing, and is passed over to save time.
     """
     squash, stretch, step, rate = tables()
-    nodes, context = symbol_tree(), Context()
-    maps = [{} for _ in context.keys()]  # noqa: SIM118 -- not a dict
-    ones = [bin(h).count("1") - 1 for h in range(1, 64)]
-    guess = [65536 * (5 * o + 2) // (5 * h.bit_length() - 1) for h, o in enumerate(ones, 1)]
-    histories, inputs = [[32768, *guess] for _ in maps], 2 * len(maps) + 1
-    node_weights, last_weights = [[[12000] * inputs for _ in range(256)] for _ in range(2)]
-    for _ in range(size):
-        counts = [m.setdefault(key, {}) for m, key in zip(maps, context.keys())]  # noqa: B905
-        node, by_last = 0, last_weights[ord(context.text[-1:] or " ")]
+    nodes, context, text = symbol_tree(), contexts(), ""
+    keys, chosen = next(context)
+    maps, sets, inputs = [{} for _ in keys], [{} for _ in chosen], 2 * len(keys) + 1
+    histories = [[32768] * 64 for _ in keys]
+    node_weights = [[70000] * inputs for _ in nodes]
+    for place in range(-len(known), size):
+        counts = [m.setdefault(key, {}) for m, key in zip(maps, keys)]  # noqa: B905
+        rows = [s.setdefault(key, [70000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
+        common, learnt = list(map(sum, zip(*rows))), [0] * inputs  # noqa: B905
+        node = 0
         while node >= 0:
-            found = [c.get(node, 32768 << 11 | 1) for c in counts]
+            found = [c.get(node, 32768 << 13 | 1) for c in counts]
             seen = [f & 63 for f in found]
-            x = [stretch[f >> 15] for f in found]
+            x = [stretch[f >> 17] for f in found]
             x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
-            x.append(80)
-            by_node = node_weights[node]
-            sums = []
-            for weights in (by_node, by_last):
-                dot = sum(map(mul, weights, x)) >> 16
-                sums.append(dot if -2048 < dot < 2048 else 2047 if dot > 0 else -2047)
-            bit = choose(squash[(sums[0] + sums[1] >> 1) + 2047])
+            x.append(256)
+            own = node_weights[node]
+            dot = sum(map(mul, map(add, own, common), x)) >> 22
+            p = squash[dot + 2047 if -2048 < dot < 2048 else 4094 * (dot > 0)]
+            bit = choose(p) if place >= 0 else ord(known[place]) >= nodes[node][2]
             goal, steps = bit << 16, step[bit]
-            for weights, dot in ((by_node, sums[0]), (by_last, sums[1])):
-                error = goal - squash[dot + 2047]
-                if not -1300 < error < 1300:  # small ones teach little and cost time
-                    error *= 3
-                    weights[:] = [w + (i * error >> 16) for w, i in zip(weights, x)]  # noqa: B905
-            for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
-                p, state = f >> 11, f & 2047
-                c[node] = p + ((goal - p) * rate[state] >> 16) << 11 | steps[state]
-                h[s] += goal - h[s] >> 7
+            error = goal - p
+            if not -1300 < error < 1300:
+                change = [i * error >> 11 for i in x]
+                own[:] = map(add, own, change)
+                learnt = list(map(add, learnt, change))
+                common = [w + len(rows) * c for w, c in zip(common, change)]  # noqa: B905
+                for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
+                    p, state = f >> 13, f & 8191
+                    c[node] = p + ((goal - p) * rate[state] >> 16) << 13 | steps[state]
+                    h[s] += goal - h[s] >> 7
             node = nodes[node][bit]
-        context.read(chr(-1 - node))
-    return context.text
+        for row in rows:
+            row[:] = map(add, row, learnt)
+        text += chr(-1 - node)
+        keys, chosen = context.send(text[-1])
+    return text[len(known) :]
 
 
-def digit_values(data: bytes) -> list[int]:
-    """The digits 0 to 252 that the bytes of a comment stand for."""
-    return [c - 1 - (c > 10) - (c > 13) for c in data]
+def joined_lines(text: str) -> str:
+    """The text with one symbol for each line's end and the blanks after it."""
+    for count in range(BLANKS)[::-1]:
+        text = text.replace("\n" + " " * count, chr(128 + count))
+    return text
 
 
-def expand(data: bytes) -> str:
-    """The text that `compress` made these bytes of."""
-    digits = iter(digit_values(data))
+def expand(data: bytes, known: str = "") -> str:
+    """The text that `compress` made these bytes of, with the same `known`."""
+    digits = iter([c - 1 - (c > 10) - (c > 13) for c in data])
 
     def number(places: int) -> int:
         value = 0
@@ -395,19 +452,20 @@ def expand(data: bytes) -> str:
         return int(bit)
 
     size, value, width = number(3), number(4), BASE**4
-    words, _, body = spell(choose, size).partition("\n\n")
-    return body.translate(dict(enumerate(words.split(), 128)))
+    words, _, body = spell(choose, size, joined_lines(known)).partition("\n")
+    blanks = ["\n" + " " * count for count in range(BLANKS)]
+    return body.translate(dict(enumerate(blanks + words.split(" "), 128)))
 
 
-def program(scope: dict, head: str, data: bytes) -> CodeType:
+def program(scope: dict, head: str, data: bytes, codec: str) -> CodeType:
     """The code of a packed file; its lines are made known to tracebacks and `inspect`.
 
     Args:
-        scope: variables of the module, which has not run yet.
+        scope: variables of the module, which has not yet.
         head: the packed file's own lines; the program's are numbered from there.
-        data: what `compress` gave.
+        data: what `compress` gave, which knew `codec`.
     """
-    name, text = scope["__file__"], expand(data)
+    name, text = scope["__file__"], expand(data, codec)
     # Without a time of change the lines stay: linecache would read the packed file instead.
     linecache.cache[name] = (len(text), None, (head + text).splitlines(True), name)
     if scope["__name__"] == "__main__":  # before Python 3.13 the built-in one reads the file
@@ -426,26 +484,33 @@ def comment_bytes(digits: list[int]) -> bytes:
 
 
 def with_words(text: str) -> str:
-    """A list of frequent words, then the text with one character (128 and up) for each."""
+    """A list of words, then the text with one character (128 and up) for each and for a line's end.
+
+    The list is alphabetical, first the frequent ones and then the others.
+    """
     counts = collections.Counter(re.findall("[A-Za-z]{2,}", text))
-    gain = {word: (count - 1) * (2 * len(word) - 1) for word, count in counts.items()}
-    words = sorted(sorted(gain), key=gain.get, reverse=True)[:128]
-    words = sorted((w for w in words if counts[w] > 2), key=counts.get, reverse=True)
-    codes = {word: chr(code) for code, word in enumerate(words, 128)}
+    gain = {word: (n - 1) * (2 * len(word) - 1) for word, n in counts.items() if n > 2}
+    words = sorted(sorted(gain), key=gain.get, reverse=True)[:WORDS]
+    words = sorted(sorted(words), key=counts.get, reverse=True)
+    words = sorted(words[:FREQUENT]) + sorted(words[FREQUENT:])
+    codes = {word: chr(code) for code, word in enumerate(words, 128 + BLANKS)}
     body = re.sub("[A-Za-z]+", lambda found: codes.get(found[0], found[0]), text)
-    return " ".join(words) + "\n\n" + body
+    return " ".join(words) + "\n" + joined_lines(body)
 
 
 def symbol_paths() -> dict[str, list[int]]:
     """The bits from the root of `symbol_tree` to each symbol."""
     nodes, paths = symbol_tree(), {0: []}
     for node, children in enumerate(nodes):
-        paths |= {child: [*paths[node], bit] for bit, child in enumerate(children)}
+        paths |= {child: [*paths[node], bit] for bit, child in enumerate(children[:2])}
     return {chr(-1 - leaf): path for leaf, path in paths.items() if leaf < 0}
 
 
-def compress(text: str) -> bytes:
-    """An ASCII text as bytes that a comment can hold; `expand` is the inverse."""
+def compress(text: str, known: str = "") -> bytes:
+    """An ASCII text as bytes that a comment can hold; `expand` is the inverse.
+
+    known: an ASCII text to learn from, which `expand` must be given too.
+    """
     if not text.isascii():
         raise ValueError("only ASCII text can be compressed; escape other characters")
     paths, text = symbol_paths(), with_words(text)
@@ -461,7 +526,7 @@ def compress(text: str) -> bytes:
             low, width = low % BASE**3 * BASE, width * BASE
         return bit
 
-    spell(choose, len(text))
+    spell(choose, len(text), joined_lines(known))
     digits += [0] * 4
     for place in range(1, 5):
         low, digits[-place] = divmod(low, BASE)
@@ -475,26 +540,27 @@ def compress(text: str) -> bytes:
 
 def codec_source() -> str:
     """What the packed file needs of this one."""
-    parts = (Context, symbol_tree, tables, spell, digit_values, expand, program)
-    source = f"import linecache, sys, traceback\nfrom operator import mul\n{BASE=}\n{COMMON=}\n"
+    parts = (contexts, symbol_tree, tables, spell, joined_lines, expand, program)
+    source = "import linecache, sys, traceback\nfrom operator import add, mul\n"
+    source += f"{BASE=}\n{COMMON=}\n{BLANKS=}\n{FREQUENT=}\n{WORDS=}\n"
     return small_source(source + "\n".join(inspect.getsource(part) for part in parts))
 
 
 # What a person and Python read of the packed file; two comments of data follow.
 HEAD = """\
 # -*- coding: latin-1 -*-
-# train_gpt.py packed by records/pack.py; the readable source is beside this file, its sha256 is
-# {digest}
-import sys,zlib
+# Packed by records/pack.py; the readable source is beside this file, sha256 {digest}
 def unpacked():
- with open(__file__,"rb")as file:head,*data=file.read().split(b"\\n#:")
+ import sys,zlib
+ head,*data=open(__file__,"rb").read().split(b"\\n#:")
  if zlib.crc32(b"".join(data))!={crc}:
   print(__file__+": damaged, it must be copied or packed again",file=sys.stderr)
   sys.exit(2)
- number,codec=0,{{}}
- for c in data[0]:number=number*253+c-1-(c>10)-(c>13)
- exec(zlib.decompress(number.to_bytes({size},"big")),codec)
- return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1])
+ n,codec=0,{{}}
+ for c in data[0]:n=n*253+c-1-(c>10)-(c>13)
+ text=zlib.decompress(n.to_bytes({size},"big")).decode()
+ exec(text,codec)
+ return codec["program"](globals(),head.decode()+"\\n#:\\n",data[1],text)
 exec(unpacked())"""
 
 
@@ -503,14 +569,16 @@ def pack_source(source: str) -> bytes:
 
     Sentences of the settings are kept if the file is within LIMIT_BYTES with them.
     """
-    codec = zlib.compress(codec_source().encode(), 9)
+    known = codec_source()
+    codec = zlib.compress(known.encode(), 9)
     number, digits = int.from_bytes(codec, "big"), []
     while number:
         number, digit = divmod(number, BASE)
         digits.append(digit)
     for sentences in (True, False):
-        data = [comment_bytes(digits[::-1]), compress(small_source(source, sentences=sentences))]
-        crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()
+        small = small_source(source, sentences=sentences)
+        data = [comment_bytes(digits[::-1]), compress(small, known)]
+        crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()[:16]
         head = HEAD.format(digest=digest, crc=crc, size=len(codec)).encode()
         packed = b"\n#:".join([head, *data])
         if len(packed) <= LIMIT_BYTES:
@@ -527,7 +595,7 @@ def unpack_source(packed: bytes) -> str:
     crc = re.search(rb"!=(\d+):", head)
     if not crc or len(data) != 2 or int(crc[1]) != zlib.crc32(b"".join(data)):
         raise ValueError("not a packed file, or a damaged one")
-    return expand(data[1])
+    return expand(data[1], codec_source())
 
 
 def main(argv: list[str]) -> int:

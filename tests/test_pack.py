@@ -62,6 +62,7 @@ def ratio(count: int, *, rows: float = 1.0) -> str:
 def empty():
     """Only a docstring."""
 
+__all__ = ["Config", "Pair", "ratio"]
 if __name__ == "__main__":
     print(__doc__, Config(), Config.kind, len(fields(Config)), Pair(1), Config().name, empty())
     print(fields(Config)[0].metadata["sentence"], ratio(2, rows=3.0), __name__)
@@ -161,9 +162,52 @@ def scopes(table):
     return table.get_name(), [sorted(k) for k in kinds], [scopes(c) for c in table.get_children()]
 
 
+def top_names(tree):
+    """Every name that the top of a file gives a function or a variable, in order."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and stored(n))
+
+
+def stored(name):
+    return isinstance(name.ctx, ast.Store)
+
+
+def name_back(tree, other):
+    """Undo the short names of functions and constants: one to one, and never another's name."""
+    pairs = dict(zip(top_names(other), top_names(tree), strict=True))
+    assert len(set(pairs.values())) == len(pairs)
+    changed = {short: name for short, name in pairs.items() if short != name}
+    text = ast.unparse(other)
+    assert not {name for name in changed.values() if re.search(rf"\b{name}\b", text)}
+    for node in ast.walk(other):
+        if isinstance(node, ast.Name):
+            node.id = changed.get(node.id, node.id)
+        elif node in other.body and isinstance(node, ast.FunctionDef):
+            node.name = changed.get(node.name, node.name)
+        else:
+            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+            assert not changed.keys() & {word for text in texts for word in text.split(".")}
+    return changed
+
+
+def drop_unused_imports(tree, other):
+    """Imports that only annotations used are not in the packed file, all others are."""
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node, packed in zip(tree.body, other.body, strict=True):
+        if isinstance(node, ast.ImportFrom):
+            left = {alias.name for alias in packed.names}
+            assert not used & {(a.asname or a.name) for a in node.names if a.name not in left}
+            node.names = [alias for alias in node.names if alias.name in left]
+
+
 def assert_same_program(readable, packed, *, sentences=True):
     """Named back, function by function and one to one, the packed tree is the readable one."""
     tree, other = bare(readable, sentences=sentences), bare(packed, sentences=sentences)
+    name_back(tree, other)
+    drop_unused_imports(tree, other)
     found = [scopes(symtable.symtable(ast.unparse(t), "", "exec")) for t in (tree, other)]
     assert found[0] == found[1]
     for function, renamed in zip(outer_functions(tree), outer_functions(other), strict=True):
@@ -181,6 +225,31 @@ def test_the_small_source_of_every_python_file_here_is_the_same_program():
         small = pack.small_source(source)
         assert_same_program(source, small)
         assert len(small) < 0.8 * len(source)
+
+
+def test_a_name_that_others_can_reach_stays_and_all_other_functions_get_short_ones():
+    source = "limit = 1\nplace = 2\ndef helper(x): return x + limit\n"
+    source += "def shown(x): return helper(x)\nprint('shown', helper(place=1).limit)"
+    small = pack.small_source(source)
+    assert_same_program(source, small)
+    tops = list(top_names(ast.parse(small)))
+    assert (tops[0], tops[1], tops[3]) == ("limit", "place", "shown")
+    assert len(tops[2]) == 2
+
+
+def test_what_records_and_data_use_of_the_program_keeps_its_name():
+    tops, used = set(top_names(ast.parse(SOURCE))), {"main"}
+    for path in [*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "train_gpt":
+                used |= {alias.name for alias in node.names}
+            if isinstance(node, ast.Attribute) and isinstance(
+                node.value, (ast.Name, ast.Attribute)
+            ):
+                name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                used |= {node.attr} if name in ("t", "program", "train_gpt") else set()
+    assert used & tops == pack.PUBLIC - {"program"}
+    assert used & tops <= set(top_names(ast.parse(pack.small_source(SOURCE))))
 
 
 @pytest.mark.parametrize(
