@@ -858,13 +858,8 @@ class Log:
                 self.file = open(self.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
                 lock(self.file)
             except OSError as error:
-                if self.path("txt").exists():
-                    raise ConfigError(
-                        f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
-                        "or remove that run"
-                    ) from error
                 raise ConfigError(
-                    f"LOG_DIR={folder}: {error.strerror}; choose another folder"
+                    f"LOG_DIR={folder}, RUN_ID={run_id}: {error.strerror}; choose others"
                 ) from error
 
     def __enter__(self) -> Log:
@@ -4006,7 +4001,7 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
     else:
         model, forward, trained = train_model(loader, val, cfg, rt, log)
     plan = depth_plan(cfg, looped=trained.looped)
-    plain = functools.partial(plain_score, forward, plan, val, cfg, rt)
+    plain = functools.partial(score_text, forward, plan, val, cfg, rt)
     stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
     if cfg.prequant_ttt_epochs:
         with rt.budget.phase("prequant_ttt"):
@@ -4028,17 +4023,18 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
 TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
 
 
-def plain_score(
+def score_text(
     forward: Callable,
     plan: DepthPlan,
     val: ValidationTokens,
     cfg: Config,
     rt: Runtime,
     show: Callable[..., None],
+    **options: Any,
 ) -> tuple[Score, Ledger]:
-    """Every target once, in windows side by side."""
-    bound = functools.partial(forward, plan=plan)
-    return evaluate(bound, val, cfg, rt, stride=cfg.eval_seq_len, show=show)
+    """Every target once, in windows side by side unless `options` of `evaluate` say otherwise."""
+    options = dict(stride=cfg.eval_seq_len) | options
+    return evaluate(functools.partial(forward, plan=plan), val, cfg, rt, show=show, **options)
 
 
 def train_model(
@@ -4055,7 +4051,7 @@ def train_model(
 
     def validate(plan: DepthPlan, prefix: str) -> None:
         with rt.budget.phase("diagnostic"):
-            score, _ = plain_score(forward, plan, val, cfg, rt, log.progress("validation"))
+            score, _ = score_text(forward, plan, val, cfg, rt, log.progress("validation"))
         log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
     with rt.budget.phase("warm-up"):
@@ -4186,33 +4182,19 @@ def score_artifact(
     log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
     limit = cfg.eval_wallclock_seconds or math.inf
 
-    def scored(label: str, stride: int, deadline: float, after_chunk=None) -> Score:
-        bound = functools.partial(forward, plan=plan)
-        return stage(
-            label,
-            label,
-            rt,
-            log,
-            lambda show: evaluate(
-                bound,
-                val,
-                cfg,
-                rt,
-                stride=stride,
-                show=show,
-                after_chunk=after_chunk,
-                deadline=deadline,
-            ),
-        )
+    def scored(label: str, **options: Any) -> Score:
+        score = functools.partial(score_text, forward, plan, val, cfg, rt, **options)
+        return stage(label, label, rt, log, score)
 
-    score = scored("quantized", cfg.eval_seq_len, math.inf)
+    score = scored("quantized")
     if cfg.sliding_window_enabled:
         # What comes after it must at least be able to score all in windows side by side.
         later = rt.budget.total(["quantized"]) * cfg.ttt_enabled
-        score = scored("quantized_sliding_window", cfg.eval_stride, limit - later)
+        deadline = limit - later
+        score = scored("quantized_sliding_window", stride=cfg.eval_stride, deadline=deadline)
     if cfg.ttt_enabled:
         ttt = TestTimeTraining(functools.partial(forward, plan=plan), model, cfg, rt, log)
-        score = scored("quantized_ttt", cfg.eval_stride, limit, ttt)
+        score = scored("quantized_ttt", stride=cfg.eval_stride, deadline=limit, after_chunk=ttt)
         log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
     return score
 
