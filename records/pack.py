@@ -278,9 +278,9 @@ def small_source(source: str, *, sentences: bool = True) -> str:
 # ---------------------------------------------------------------------------------------------
 
 BASE = 253  # the bytes of a comment: all but NUL, LF and CR
-COMMON = " ,.()=_'a:ecb0tidrfson[]l1g{}*pmhu2-k+/xjvq634wEy5<AT8"  # by falling frequency
+COMMON = " ,.()=_'a:ecb0tidrfson[]l1g{}*pmhu2-k+/xjvq634"  # by falling frequency
 # Symbols from 128 on: a line's end and the blanks after it, frequent words, other words.
-BLANKS, FREQUENT, WORDS = 12, 64, 700
+BLANKS, FREQUENT, WORDS = 12, 24, 640
 
 
 def contexts() -> Generator[tuple, str, None]:
@@ -394,13 +394,12 @@ def spell(choose: Callable[[int], int], size: int, known: str) -> str:
     for place in range(-len(known), size):
         counts = [m.setdefault(key, {}) for m, key in zip(maps, keys)]  # noqa: B905
         rows = [s.setdefault(key, [70000] * inputs) for s, key in zip(sets, chosen)]  # noqa: B905
-        common, learnt = list(map(sum, zip(*rows))), [0] * inputs  # noqa: B905
+        before = common = list(map(sum, zip(*rows)))  # noqa: B905
         node = 0
         while node >= 0:
             found = [c.get(node, 32768 << 13 | 1) for c in counts]
-            seen = [f & 63 for f in found]
             x = [stretch[f >> 17] for f in found]
-            x += [stretch[h[s] >> 4] for h, s in zip(histories, seen)]  # noqa: B905
+            x += [stretch[h[f & 63] >> 4] for h, f in zip(histories, found)]  # noqa: B905
             x.append(256)
             own = node_weights[node]
             dot = sum(map(mul, map(add, own, common), x)) >> 22
@@ -411,13 +410,13 @@ def spell(choose: Callable[[int], int], size: int, known: str) -> str:
             if not -1300 < error < 1300:
                 change = [i * error >> 11 for i in x]
                 own[:] = map(add, own, change)
-                learnt = list(map(add, learnt, change))
                 common = [w + len(rows) * c for w, c in zip(common, change)]  # noqa: B905
-                for c, f, h, s in zip(counts, found, histories, seen):  # noqa: B905
-                    p, state = f >> 13, f & 8191
+                for c, f, h in zip(counts, found, histories):  # noqa: B905
+                    p, state, s = f >> 13, f & 8191, f & 63
                     c[node] = p + ((goal - p) * rate[state] >> 16) << 13 | steps[state]
                     h[s] += goal - h[s] >> 7
             node = nodes[node][bit]
+        learnt = [(new - old) // len(rows) for new, old in zip(common, before)]  # noqa: B905
         for row in rows:
             row[:] = map(add, row, learnt)
         text += chr(-1 - node)
@@ -449,7 +448,7 @@ def expand(data: bytes, known: str = "") -> str:
         value, width = (value, part) if bit else (value - part, width - part)
         while width < BASE**3:
             value, width = value * BASE + next(digits, 0), width * BASE
-        return int(bit)
+        return bit
 
     size, value, width = number(3), number(4), BASE**4
     words, _, body = spell(choose, size, joined_lines(known)).partition("\n")
@@ -549,7 +548,7 @@ def codec_source() -> str:
 # What a person and Python read of the packed file; two comments of data follow.
 HEAD = """\
 # -*- coding: latin-1 -*-
-# Packed by records/pack.py; the readable source is beside this file, sha256 {digest}
+# Packed by records/pack.py from the readable source beside this file, sha256 {digest}
 def unpacked():
  import sys,zlib
  head,*data=open(__file__,"rb").read().split(b"\\n#:")
@@ -575,15 +574,19 @@ def pack_source(source: str) -> bytes:
     while number:
         number, digit = divmod(number, BASE)
         digits.append(digit)
-    for sentences in (True, False):
-        small = small_source(source, sentences=sentences)
+
+    def packed(small: str) -> bytes:
         data = [comment_bytes(digits[::-1]), compress(small, known)]
         crc, digest = zlib.crc32(b"".join(data)), hashlib.sha256(source.encode()).hexdigest()[:16]
         head = HEAD.format(digest=digest, crc=crc, size=len(codec)).encode()
-        packed = b"\n#:".join([head, *data])
-        if len(packed) <= LIMIT_BYTES:
-            break
-    return packed
+        return b"\n#:".join([head, *data])
+
+    short, whole = (small_source(source, sentences=wanted) for wanted in (False, True))
+    least = packed(short)
+    if len(least) + (len(whole) - len(short)) // 8 > LIMIT_BYTES:  # no text takes less than a bit
+        return least
+    most = packed(whole)
+    return most if len(most) <= LIMIT_BYTES else least
 
 
 def unpack_source(packed: bytes) -> str:
