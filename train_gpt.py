@@ -4252,19 +4252,16 @@ def earlier_run(cfg: Config, run_id: str) -> str:
     if "result" in record:
         then = {name: fact["value"] for name, fact in record["config"].items()}
         now = {s.name: getattr(cfg, s.name) for s in knobs()}
-        same_code = record["code"]["sha256"] == file_sha256(Path(__file__))
-        if same_code and all(then.get(name) == value for name, value in now.items()):
+        if record["code"]["sha256"] == file_sha256(Path(__file__)) and then == now:
             return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
         raise ConfigError(
-            f"RUN_ID={run_id}: {text} is a finished run of other "
-            f"{'settings' if same_code else 'code'}; choose another RUN_ID or remove that run"
+            f"RUN_ID={run_id}: {text} is a finished run of other settings or code; choose another "
+            "RUN_ID"
         )
-    aside = next(
-        n for n in itertools.count(1) if not list(folder.glob(f"{run_id}.unfinished{n}.*"))
-    )
+    aside = f"{run_id}.unfinished{time.time_ns()}"
     for suffix in ("txt", "json", "bin", "ckpt"):
         with contextlib.suppress(FileNotFoundError):
-            (folder / f"{run_id}.{suffix}").rename(folder / f"{run_id}.unfinished{aside}.{suffix}")
+            (folder / f"{run_id}.{suffix}").rename(folder / f"{aside}.{suffix}")
     return ""
 
 
