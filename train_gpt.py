@@ -182,7 +182,9 @@ class Config:
     max_wallclock_seconds: float = knob(
         600.0, "limit of training and calibration, 0: none [s]", low=0.0
     )
-    gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
+    gptq_reserve_seconds: float = knob(
+        0.0, "part of that limit kept for calibration and quantization, 0: measured [s]", low=0.0
+    )
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
     doc_packing: bool = knob(
@@ -271,7 +273,7 @@ class Config:
     )
     # Audit
     audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
-    audit_tokens: int = knob(1024, "targets that it scores again and again [tokens]", low=64)
+    audit_tokens: int = knob(768, "targets that it scores again and again [tokens]", low=64)
     # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -441,7 +443,6 @@ SMOKE = dict(
     train_batch_tokens=1024,
     micro_batch_tokens=4096,
     max_wallclock_seconds=90.0,
-    gptq_reserve_seconds=3.0,
     warmup_steps=1,
     ema_decay=0.97,
     muon_momentum=0.9,
@@ -857,13 +858,8 @@ class Log:
                 self.file = open(self.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
                 lock(self.file)
             except OSError as error:
-                if self.path("txt").exists():
-                    raise ConfigError(
-                        f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
-                        "or remove that run"
-                    ) from error
                 raise ConfigError(
-                    f"LOG_DIR={folder}: {error.strerror}; choose another folder"
+                    f"LOG_DIR={folder}, RUN_ID={run_id}: {error.strerror}; choose others"
                 ) from error
 
     def __enter__(self) -> Log:
@@ -2693,6 +2689,29 @@ def warm_up(
             log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
 
 
+def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime, log: Log) -> Config:
+    """The configuration with the time that calibration and quantization of this model will take.
+
+    Two batches of calibration and, on rank 0, one pass of the quantizer tell; a tenth is added.
+    """
+    silent, plan = Log(".", "", enabled=False), depth_plan(cfg, looped=True)
+    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
+    begin = time.perf_counter()
+    hessians = collect_hessians(model, loader, 0, plan, trial, rt, silent)
+    rt.synchronize()
+    middle = time.perf_counter()
+    if rt.is_main:
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        quantize_model(weights, hessians, cfg, silent)
+        rt.synchronize()
+    batches = cfg.gptq_calibration_batches / trial.gptq_calibration_batches
+    needed = 1.1 * ((middle - begin) * batches + time.perf_counter() - middle)
+    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
+    log.line(f"GPTQ:reserving {seconds:.1f}s for calibration and quantization, as measured")
+    log.put(gptq_reserve_seconds=seconds)
+    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
+
+
 class StepLog:
     """Writes the training lines: loss, time, throughput, and model-FLOP utilisation.
 
@@ -3982,7 +4001,7 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
     else:
         model, forward, trained = train_model(loader, val, cfg, rt, log)
     plan = depth_plan(cfg, looped=trained.looped)
-    plain = functools.partial(plain_score, forward, plan, val, cfg, rt)
+    plain = functools.partial(score_text, forward, plan, val, cfg, rt)
     stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
     if cfg.prequant_ttt_epochs:
         with rt.budget.phase("prequant_ttt"):
@@ -4004,17 +4023,18 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
 TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
 
 
-def plain_score(
+def score_text(
     forward: Callable,
     plan: DepthPlan,
     val: ValidationTokens,
     cfg: Config,
     rt: Runtime,
     show: Callable[..., None],
+    **options: Any,
 ) -> tuple[Score, Ledger]:
-    """Every target once, in windows side by side."""
-    bound = functools.partial(forward, plan=plan)
-    return evaluate(bound, val, cfg, rt, stride=cfg.eval_seq_len, show=show)
+    """Every target once, in windows side by side unless `options` of `evaluate` say otherwise."""
+    options = dict(stride=cfg.eval_seq_len) | options
+    return evaluate(functools.partial(forward, plan=plan), val, cfg, rt, show=show, **options)
 
 
 def train_model(
@@ -4031,11 +4051,13 @@ def train_model(
 
     def validate(plan: DepthPlan, prefix: str) -> None:
         with rt.budget.phase("diagnostic"):
-            score, _ = plain_score(forward, plan, val, cfg, rt, log.progress("validation"))
+            score, _ = score_text(forward, plan, val, cfg, rt, log.progress("validation"))
         log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
     with rt.budget.phase("warm-up"):
         warm_up(forward, model, loader, cfg, rt, log)
+        if cfg.max_wallclock_seconds and not cfg.gptq_reserve_seconds:
+            cfg = measure_reserve(model, loader, cfg, rt, log)
     trained = train(forward, model, loader, validate, cfg, rt, log)
     if rt.device.type == "cuda":
         used, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -4160,33 +4182,19 @@ def score_artifact(
     log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
     limit = cfg.eval_wallclock_seconds or math.inf
 
-    def scored(label: str, stride: int, deadline: float, after_chunk=None) -> Score:
-        bound = functools.partial(forward, plan=plan)
-        return stage(
-            label,
-            label,
-            rt,
-            log,
-            lambda show: evaluate(
-                bound,
-                val,
-                cfg,
-                rt,
-                stride=stride,
-                show=show,
-                after_chunk=after_chunk,
-                deadline=deadline,
-            ),
-        )
+    def scored(label: str, **options: Any) -> Score:
+        score = functools.partial(score_text, forward, plan, val, cfg, rt, **options)
+        return stage(label, label, rt, log, score)
 
-    score = scored("quantized", cfg.eval_seq_len, math.inf)
+    score = scored("quantized")
     if cfg.sliding_window_enabled:
         # What comes after it must at least be able to score all in windows side by side.
         later = rt.budget.total(["quantized"]) * cfg.ttt_enabled
-        score = scored("quantized_sliding_window", cfg.eval_stride, limit - later)
+        deadline = limit - later
+        score = scored("quantized_sliding_window", stride=cfg.eval_stride, deadline=deadline)
     if cfg.ttt_enabled:
         ttt = TestTimeTraining(functools.partial(forward, plan=plan), model, cfg, rt, log)
-        score = scored("quantized_ttt", cfg.eval_stride, limit, ttt)
+        score = scored("quantized_ttt", stride=cfg.eval_stride, deadline=limit, after_chunk=ttt)
         log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
     return score
 
@@ -4244,19 +4252,16 @@ def earlier_run(cfg: Config, run_id: str) -> str:
     if "result" in record:
         then = {name: fact["value"] for name, fact in record["config"].items()}
         now = {s.name: getattr(cfg, s.name) for s in knobs()}
-        same_code = record["code"]["sha256"] == file_sha256(Path(__file__))
-        if same_code and all(then.get(name) == value for name, value in now.items()):
+        if record["code"]["sha256"] == file_sha256(Path(__file__)) and then == now:
             return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
         raise ConfigError(
-            f"RUN_ID={run_id}: {text} is a finished run of other "
-            f"{'settings' if same_code else 'code'}; choose another RUN_ID or remove that run"
+            f"RUN_ID={run_id}: {text} is a finished run of other settings or code; choose another "
+            "RUN_ID"
         )
-    aside = next(
-        n for n in itertools.count(1) if not list(folder.glob(f"{run_id}.unfinished{n}.*"))
-    )
+    aside = f"{run_id}.unfinished{time.time_ns()}"
     for suffix in ("txt", "json", "bin", "ckpt"):
         with contextlib.suppress(FileNotFoundError):
-            (folder / f"{run_id}.{suffix}").rename(folder / f"{run_id}.unfinished{aside}.{suffix}")
+            (folder / f"{run_id}.{suffix}").rename(folder / f"{aside}.{suffix}")
     return ""
 
 

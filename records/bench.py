@@ -276,13 +276,13 @@ class NoAttention(torch.autograd.Function):
     """In place of a kernel: right shapes and no operation, so that attention is counted apart."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, documents):
         ctx.save_for_backward(q, k, v)
         return torch.empty_like(q)
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+        return *(torch.empty_like(x) for x in ctx.saved_tensors), None
 
 
 class Traffic(TorchDispatchMode):
@@ -559,7 +559,7 @@ CLASSES = (  # the first that matches an operation's name or its tensors' sizes
     ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter"),
     ("attention", r"attention|flash|fmha|sdpa"),
     ("head and loss", r"nll|softmax|cross_entropy|tanh"),
-    ("matrix products", r"\bmm\b|addmm|bmm|gemm|matmul|nvjet|cutlass"),
+    ("matrix products", r"\bmm\b|addmm|bmm|gemm|matmul|nvjet|cutlass|mlp_up|\bproduct\b"),
 )
 
 
@@ -670,7 +670,8 @@ def profile(cfg: t.Config, args: argparse.Namespace) -> dict:
     """Every depth plan on this device, with the floors of the rates measured on it."""
     with t.Runtime(cfg, os.environ) as rt:
         _, kernel, _ = t.select_attention(cfg.attention, rt.device, rt.compute_dtype)
-        model = t.GPT(cfg, kernel, rt.compute_dtype)
+        _, kernels, _ = t.select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+        model = t.GPT(cfg, kernel, rt.compute_dtype, kernels)
         model.init_weights(cfg.seed)
         forward = rt.compile(model.to(rt.device))
         loader = t.Loader(

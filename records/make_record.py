@@ -94,6 +94,7 @@ def new(args: argparse.Namespace) -> int:
     files = {
         "command.sh": "\n".join([title, *exports, f"# {last}", ""]).encode(),
         "requirements.txt": (ROOT / "requirements.txt").read_bytes(),
+        "audit.py": Path(__file__).with_name("audit.py").read_bytes(),
         "train_gpt.py": source.encode(),
     }
     if not args.no_pack:

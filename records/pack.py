@@ -53,8 +53,8 @@ PUBLIC = set(
     """ALIASES BYTE_OFFSET SHARD_HEADER_BYTES SHARD_MAGIC SHARD_VERSION SMOKE
     apply_gradients atomic_write code_bytes data_proof decode_documents
     depth_plan evaluate file_sha256 find_shards inputs_and_targets main make_optimizers
-    open_artifact parameter_groups read_shard select_attention set_fingerprint
-    program set_schedule sliding_windows stored_config""".split()
+    open_artifact parameter_groups read_shard select_attention select_kernels
+    program set_fingerprint set_schedule sliding_windows stored_config""".split()
 )
 # Annotations that change what a dataclass or a Triton kernel does.
 MEANT = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}

@@ -285,6 +285,15 @@ def test_validation_text_among_the_training_text_is_caught(dataset, honest, tmp_
     assert "held-out documents in training" in evidence["conditions"][DATA]["says"]
 
 
+def test_a_tool_that_cannot_run_proves_nothing_and_accuses_nobody(dataset, tmp_path):
+    tool = tmp_path / "verify_dataset.py"
+    for code, verdict in (("import nothing_like_it", "remark"), ("", "pass")):
+        tool.write_text(code)
+        found = audit.verify(tool, dataset, dataset / "tokenizer.model", {})
+        assert found.verdict == verdict
+        assert ("No module named 'nothing_like_it'" in found.says) == (verdict == "remark")
+
+
 def test_fine_tuning_on_the_validation_text_is_caught_even_without_its_mark(
     honest, tmp_path, clean_data, fair_score
 ):
@@ -391,8 +400,8 @@ def test_the_slice_holds_the_edge_of_a_document(honest, tmp_path):
     cfg = t.Config.from_env(
         {**honest[0], "ARTIFACT": str(honest[1]), "LOG_DIR": str(tmp_path)}, cuda=False
     )
-    with t.Runtime(cfg, {}) as rt, t.Log(cfg.log_dir, "x", enabled=False) as log:
-        subject = audit.Subject(t, cfg, rt, log)
+    with t.Runtime(cfg, {}) as rt:
+        subject = audit.Subject(t, cfg, rt)
     assert subject.tokens[0] == subject.table.bos
     assert subject.tokens[subject.document_edge + 1] == subject.table.bos
     found = audit.changes(subject)

@@ -766,6 +766,7 @@ def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
     assert make_record.main(words) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Wide")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "audit.py",
         "command.sh",
         "requirements.txt",
         "train_gpt.py",

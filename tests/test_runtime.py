@@ -173,7 +173,7 @@ def test_a_silent_rank_leaves_no_trace(tmp_path):
 def test_a_run_id_that_was_used_is_a_config_error(tmp_path):
     with Log(str(tmp_path), "r", stream=io.StringIO()) as log:
         log.line("kept")
-    with pytest.raises(ConfigError, match=r"RUN_ID=r: .*r\.txt exists; choose another RUN_ID"):
+    with pytest.raises(ConfigError, match=r"RUN_ID=r: File exists; choose others"):
         Log(str(tmp_path), "r")
     assert (tmp_path / "r.txt").read_text() == "kept\n"
 

@@ -237,6 +237,34 @@ def test_the_part_done_is_that_of_whichever_limit_comes_first(tiny_cfg):
     assert t.training_frac(10, 1e9, dataclasses.replace(cfg, max_wallclock_seconds=0.0)) == 0.1
 
 
+def test_the_reserve_is_what_calibration_and_quantization_take(
+    tiny_cfg, rt, loader, silent_log, monkeypatch
+):
+    now = [0.0]
+    calibrate, quantize = t.collect_hessians, t.quantize_model
+
+    def slow_calibration(model, loader, first, plan, cfg, *rest):
+        now[0] += 3.0 * cfg.gptq_calibration_batches
+        return calibrate(model, loader, first, plan, cfg, *rest)
+
+    def slow_quantization(*args):
+        now[0] += 7.0
+        return quantize(*args)
+
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(t, "collect_hessians", slow_calibration)
+    monkeypatch.setattr(t, "quantize_model", slow_quantization)
+    cfg = dataclasses.replace(tiny_cfg, max_wallclock_seconds=500.0, gptq_calibration_batches=12)
+    model = fresh(cfg)
+    before = copy.deepcopy(model.state_dict())
+    measured = t.measure_reserve(model, loader, cfg, rt, silent_log)
+    assert measured.gptq_reserve_seconds == pytest.approx(1.1 * (12 * 3.0 + 7.0))
+    assert measured.train_seconds == pytest.approx(500 - 47.3)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    short = dataclasses.replace(cfg, max_wallclock_seconds=20.0)
+    assert t.measure_reserve(model, loader, short, rt, silent_log).train_seconds == 10.0
+
+
 def test_warm_up_leaves_no_trace(tiny_cfg, rt, loader, silent_log):
     cfg = dataclasses.replace(tiny_cfg, warmup_steps=3, iterations=6)
     model = fresh(cfg)
