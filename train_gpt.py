@@ -4333,6 +4333,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:], os.environ)
-    if status:  # other ranks may be waiting for this one: leave without waiting for them
-        sys.stderr.flush()
-        os._exit(status)
+    # After an error other ranks may wait for this one. And a thread of gloo that lets go of its
+    # last message while Python tears itself down would abort a run that went well.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -229,7 +229,7 @@ def test_a_coprime_loader_walks_each_shard_with_one_stride_and_misses_nothing(tm
 
 
 def test_a_warmdown_in_steps_is_the_time_left_over_the_time_of_so_many_steps():
-    cfg = t.Config(warmdown_iters=3500, max_wallclock_seconds=612.0)
+    cfg = t.Config(warmdown_iters=3500, max_wallclock_seconds=612.0, gptq_reserve_seconds=12.0)
     for step, seconds in ((0, 0.0), (1000, 85.8), (4000, 343.2), (5240, 449.6), (6900, 592.0)):
         left = (600 - seconds) / (3500 * seconds / step) if step else 1.0
         frac = t.training_frac(step, seconds, cfg)
