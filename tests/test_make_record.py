@@ -90,6 +90,9 @@ def write_run(folder, seed, worse, change=None, audit="legal"):
     settle("seed", seed, "environment")
     settle("log_dir", f"runs/seed{seed}", "environment")
     settle("ema_decay", 0.97, "environment")
+    settle("smoke", "auto", "default")  # whatever the committed run was told
+    for name in ("data_path", "tokenizer_path"):
+        settle(name, facts["config"][name]["value"], "smoke")
     booked = sum(facts["budget"]["phases"].values())
     facts["budget"] |= dict(unbooked_seconds=0.0, wall_seconds=booked)
     if change:

@@ -1,2840 +1,16 @@
-#!/usr/bin/env python3
-"""Train a small GPT for ten minutes, squeeze it into 16,000,000 bytes, score it in bits per byte.
-
-    torchrun --standalone --nproc_per_node=8 train_gpt.py    # the competition, on 8xH100
-    python train_gpt.py                                      # one GPU, or a laptop: one code path
-    python train_gpt.py --help                               # every setting, no GPU, no data
-
-Every setting is an environment variable. The file reads in the order the program runs:
-Configuration, Runtime, Data, Model, Optimizer, Training, Quantization, Artifact, Evaluation, Main.
-Importing it does nothing; torch and numpy are enough to import it.
-"""
-
-from __future__ import annotations
-
-import collections
-import concurrent.futures
-import contextlib
-import copy
-import dataclasses
-import datetime
-import difflib
-import functools
-import hashlib
-import importlib
-import itertools
-import json
-import math
-import os
-import platform
-import re
-import struct
-import sys
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-# ---------------------------------------------------------------------------------------------
-# 1  Configuration
-# A setting is one line of Config; its environment variable is the field's name in capitals. All
-# problems are found before anything is loaded, and reported together. Defaults: system #1493.
-# ---------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Something the user can mend: one readable line, exit status 2.
-
-    on_all_ranks: every rank raises it, so that rank 0 can speak for all.
-    """
-
-    on_all_ranks = False
-
-
-class ConfigError(UserError):
-    """A setting that cannot be used; says which, what was found and what was expected."""
-
-    on_all_ranks = True
-
-
-class DataError(UserError):
-    """A shard, tokenizer or folder that is not what it should be."""
-
-
-class ArtifactError(UserError):
-    """An artifact that cannot be written, read, or trusted."""
-
-
-class DivergenceError(UserError):
-    """The loss stopped being a number."""
-
-    on_all_ranks = True
-
-
-def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -> Any:
-    """Declare one setting.
-
-    Args:
-        default: also decides the type: bool, int, float or str.
-        sentence: what it sets; its unit in brackets.
-        low, high: inclusive range of a number.
-        choices: allowed values of a string.
-        model: True if a stored model cannot be rebuilt without it; such settings travel in the
-        artifact.
-    """
-    return field(
-        default=default,
-        metadata=dict(sentence=sentence, low=low, high=high, choices=choices, model=model),
-    )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a run. Build it with `Config.from_env`; derived values are properties."""
-
-    # Run
-    run_id: str = knob("", "name of the run's files under LOG_DIR; empty: date, time and seed")
-    seed: int = knob(1337, "seed of initial weights and data order", low=0, high=2**63 - 1)
-    log_dir: str = knob("logs", "folder of the run's log, JSON and artifact")
-    smoke: str = knob(
-        "auto",
-        "small run on the embedded sample; auto: without a GPU, unless a data path or size is set",
-        choices=("auto", "0", "1"),
-    )
-    compile: str = knob("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    compute_dtype: str = knob(
-        "auto",
-        "type of activations; auto: bfloat16 on CUDA, else float32",
-        choices=("auto", "bfloat16", "float32"),
-    )
-    attention: str = knob(
-        "auto",
-        "attention kernel; auto: fa3 if installed, else sdpa",
-        choices=("auto", "fa3", "sdpa", "plain"),
-    )
-    artifact: str = knob("", "score this artifact instead of training one")
-    checkpoint: str = knob("", "quantize and score this checkpoint instead of training")
-    save_checkpoint: bool = knob(False, "keep the float32 weights too, for CHECKPOINT")
-    # Data
-    data_dir: str = knob("./data", "folder that holds datasets/ and tokenizers/")
-    data_path: str = knob("", "folder of the shards; empty: the one of VOCAB_SIZE in DATA_DIR")
-    tokenizer_path: str = knob("", "SentencePiece model; empty: the one of VOCAB_SIZE in DATA_DIR")
-    val_tokens: int = knob(0, "score only so many validation targets, 0: all [tokens]", low=0)
-    # Model
-    vocab_size: int = knob(8192, "tokens in the vocabulary", low=8, high=65536, model=True)
-    num_layers: int = knob(11, "physical layers", low=1, high=256, model=True)
-    model_dim: int = knob(512, "width of the residual stream", low=8, model=True)
-    num_heads: int = knob(8, "query heads", low=1, model=True)
-    num_kv_heads: int = knob(4, "key and value heads; divides NUM_HEADS", low=1, model=True)
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", low=0.25, model=True)
-    xsa_last_n: int = knob(11, "so many last layers have XSA", low=0, model=True)
-    parallel_residual_start: int = knob(
-        7, "first layer in parallel form; NUM_LAYERS: none", low=0, model=True
-    )
-    loop_start: int = knob(3, "first layer of the loop", low=0, model=True)
-    loop_end: int = knob(5, "last layer of the loop", low=0, model=True)
-    num_loops: int = knob(2, "extra visits of the looped layers, 0: no loop", low=0, model=True)
-    rope_base: float = knob(10000.0, "base of the rotary frequencies", low=1.0, model=True)
-    rope_dims: int = knob(16, "dimensions of a head that are rotated; even", low=2, model=True)
-    rope_train_seq_len: int = knob(
-        2048, "longest text without NTK rescale [tokens]", low=1, model=True
-    )
-    logit_softcap: float = knob(30.0, "logits stay within plus or minus this", low=1.0, model=True)
-    qk_gain_init: float = knob(5.25, "initial gain of the normalised queries")
-    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", low=0.0)
-    # Training
-    iterations: int = knob(20000, "steps at most", low=1)
-    max_wallclock_seconds: float = knob(
-        600.0, "limit of training and calibration, 0: none [s]", low=0.0
-    )
-    gptq_reserve_seconds: float = knob(12.0, "part of that limit kept for calibration [s]", low=0.0)
-    train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
-    train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
-    micro_batch_tokens: int = knob(
-        98304, "most tokens of one forward on one device [tokens]", low=1
-    )
-    warmup_steps: int = knob(20, "steps per depth plan before the clock, undone", low=0)
-    warmdown_frac: float = knob(0.72, "part of training in which rates fall", low=0.0, high=1.0)
-    min_lr: float = knob(0.0, "floor of the learning-rate multiplier", low=0.0, high=1.0)
-    enable_looping_at: float = knob(0.35, "part of training before the loop", low=0.0, high=1.0)
-    ema_decay: float = knob(0.9965, "decay of the weight average, each step", low=0.0, high=1.0)
-    grad_clip_norm: float = knob(0.3, "largest norm of the gradient, 0: any", low=0.0)
-    train_log_every: int = knob(500, "steps between two lines of the training log", low=1)
-    val_loss_every: int = knob(4000, "steps between two validations, 0: none", low=0)
-    # Optimizer
-    matrix_lr: float = knob(0.022, "Muon's learning rate", low=0.0)
-    muon_momentum: float = knob(0.99, "Muon's momentum", low=0.0, high=1.0)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon's momentum at step 0", low=0.0, high=1.0)
-    muon_momentum_warmup_steps: int = knob(1500, "steps until MUON_MOMENTUM", low=0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1)
-    muon_row_normalize: bool = knob(True, "divide each row of an update by its norm (MuonEq-R)")
-    muon_wd: float = knob(0.095, "Muon's decoupled weight decay", low=0.0)
-    tied_embed_lr: float = knob(0.03, "AdamW's learning rate of the embedding", low=0.0)
-    embed_wd: float = knob(0.085, "AdamW's weight decay of the embedding", low=0.0)
-    scalar_lr: float = knob(0.02, "AdamW's learning rate of vectors and scalars", low=0.0)
-    adam_wd: float = knob(0.02, "AdamW's weight decay of vectors and scalars", low=0.0)
-    beta1: float = knob(0.9, "AdamW's first beta", low=0.0, high=1.0)
-    beta2: float = knob(0.95, "AdamW's second beta", low=0.0, high=1.0)
-    adam_eps: float = knob(1e-8, "AdamW's epsilon", low=0.0)
-    # Quantization and artifact
-    gptq_calibration_batches: int = knob(64, "batches, each an eighth of TRAIN_BATCH_TOKENS", low=1)
-    matrix_bits: int = knob(6, "width of a matrix entry [bits]", low=2, high=8)
-    matrix_clip_sigmas: float = knob(
-        12.85, "half the range of a row, in its standard deviations", low=0.1
-    )
-    embed_bits: int = knob(8, "width of an embedding entry [bits]", low=2, high=8)
-    embed_clip_sigmas: float = knob(
-        20.0, "half the range of a row, in its standard deviations", low=0.1
-    )
-    compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
-    max_total_bytes: int = knob(16_000_000, "limit of code and artifact together [bytes]", low=1)
-    # Evaluation
-    eval_seq_len: int = knob(2048, "length of a scoring window [tokens]", low=2)
-    eval_stride: int = knob(64, "targets scored per window [tokens]; at most EVAL_SEQ_LEN", low=1)
-    sliding_window_enabled: bool = knob(True, "score with sliding windows too")
-    ttt_enabled: bool = knob(True, "score with test-time training too")
-    ttt_lr: float = knob(0.005, "learning rate of test-time training at the first chunk", low=0.0)
-    ttt_epochs: int = knob(3, "steps over each scored chunk", low=1)
-    ttt_momentum: float = knob(0.9, "momentum of test-time training", low=0.0, high=1.0)
-    ttt_grad_clip: float = knob(1.0, "largest gradient norm of test-time training", low=0.0)
-    ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
-    eval_wallclock_seconds: float = knob(
-        600.0, "limit from reading the artifact to the last score, 0: none [s]", low=0.0
-    )
-    # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
-    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str], *, cuda: bool) -> Config:
-        """Read the settings from a mapping of environment variables.
-
-        Args:
-            env: normally os.environ; WORLD_SIZE is read too, to check that the batch divides.
-            cuda: whether a CUDA device will be used; decides SMOKE=auto.
-        Raises: ConfigError that lists every problem, one line each.
-        """
-        problems, warnings = unknown_variables(env)
-        given = {}
-        for setting in knobs():
-            text = env.get(setting.name.upper())
-            for alias in (a for a, name in ALIASES.items() if name == setting.name and a in env):
-                if text is not None and text != env[alias]:
-                    problems.append(
-                        f"{alias}={env[alias]} and {setting.name.upper()}={text} are one "
-                        "setting with two values; set one of them"
-                    )
-                text = env[alias]
-            if text is not None:
-                try:
-                    given[setting.name] = parse_value(setting, text)
-                except ValueError as error:
-                    problems.append(f"{setting.name.upper()}={text}: {error}")
-        smoke = given.get("smoke", "auto")
-        if smoke == "1" or (smoke == "auto" and not cuda and not SMOKE_BLOCKERS & given.keys()):
-            values = SMOKE | given
-        else:
-            values = given
-        sources = {
-            s.name: "environment" if s.name in given else "smoke" if s.name in values else "default"
-            for s in knobs()
-        }
-        cfg = cls(**values, sources=sources, warnings=tuple(warnings))
-        problems += cfg.conflicts(world_size=int(env.get("WORLD_SIZE", "1")))
-        if problems:
-            raise ConfigError("\n".join(problems))
-        return cfg
-
-    def conflicts(self, world_size: int = 1) -> list[str]:
-        """Rules between settings that this configuration breaks, one readable line each."""
-        problems = []
-
-        def expect(setting: str, holds: bool, expected: str) -> None:
-            if not holds:
-                value = getattr(self, setting)
-                problems.append(f"{setting.upper()}={value}: expected {expected}")
-
-        heads, limit = self.num_heads, self.max_wallclock_seconds
-        head_dim = self.model_dim // heads
-        rows, rest = divmod(self.train_batch_tokens, self.train_seq_len)
-        trains = not self.artifact
-        longest = max(self.train_seq_len * trains, self.eval_seq_len)
-        expect("model_dim", self.model_dim % heads == 0, f"a multiple of NUM_HEADS={heads}")
-        expect("num_kv_heads", heads % self.num_kv_heads == 0, f"a divisor of NUM_HEADS={heads}")
-        fits = self.rope_dims % 2 == 0 and self.rope_dims <= head_dim
-        expect("rope_dims", fits, f"an even number up to the head width {head_dim}")
-        if self.num_loops:
-            last = self.num_layers - 1
-            expect("loop_end", self.loop_end <= last, f"at most {last}; NUM_LOOPS=0: no loop")
-            expect("loop_start", self.loop_start <= self.loop_end, f"at most {self.loop_end}")
-        whole = not trains or (rest == 0 and rows % world_size == 0)
-        share = f"whole sequences of {self.train_seq_len}, equally many for {world_size} ranks"
-        expect("train_batch_tokens", whole, share)
-        expect("micro_batch_tokens", self.micro_batch_tokens >= longest, f"at least {longest}")
-        expect("eval_stride", self.eval_stride <= self.eval_seq_len, f"at most {self.eval_seq_len}")
-        fits = not self.ttt_enabled or self.ttt_chunk_tokens >= self.eval_seq_len
-        expect("ttt_chunk_tokens", fits, f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
-        fits = not limit or self.gptq_reserve_seconds < limit
-        expect("gptq_reserve_seconds", fits, f"less than MAX_WALLCLOCK_SECONDS={limit:g}")
-        code = code_bytes()
-        expect("max_total_bytes", self.max_total_bytes > code, f"more than the code's own {code}")
-        expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
-        name = re.fullmatch(r"[\w.+=-]*", self.run_id)
-        expect("run_id", bool(name), "letters, digits and ._+=- for a file name")
-        return problems
-
-    @property
-    def dataset_dir(self) -> Path:
-        variant = "byte260" if self.vocab_size == 260 else f"sp{self.vocab_size}"
-        default = Path(self.data_dir) / "datasets" / f"fineweb10B_{variant}"
-        return Path(self.data_path) if self.data_path else default
-
-    @property
-    def tokenizer_file(self) -> Path:
-        pure_byte, bpe = "fineweb_pure_byte_260.json", f"fineweb_{self.vocab_size}_bpe.model"
-        default = (
-            Path(self.data_dir) / "tokenizers" / (pure_byte if self.vocab_size == 260 else bpe)
-        )
-        return Path(self.tokenizer_path) if self.tokenizer_path else default
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def train_seconds(self) -> float:
-        """Time for training steps alone; infinite without a limit."""
-        limit = self.max_wallclock_seconds
-        return limit - self.gptq_reserve_seconds if limit else math.inf
-
-    def micro_batches(self, world_size: int) -> int:
-        """Forwards per step and rank: the fewest equal ones that fit MICRO_BATCH_TOKENS."""
-        rows = self.train_batch_tokens // self.train_seq_len // world_size
-        most = self.micro_batch_tokens // self.train_seq_len
-        return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
-
-    def model_settings(self) -> dict[str, Any]:
-        """The settings that a stored model cannot be rebuilt without."""
-        return {s.name: getattr(self, s.name) for s in knobs() if s.metadata["model"]}
-
-    def with_model(self, settings: Mapping[str, Any], origin: str) -> Config:
-        """This configuration with the model of a stored file.
-
-        Raises: ConfigError if the environment asks for another model than the file holds.
-        """
-        wrong = [
-            f"{name.upper()}={getattr(self, name)}: {origin} holds a model with {value}; unset it"
-            for name, value in settings.items()
-            if self.sources.get(name) == "environment" and getattr(self, name) != value
-        ]
-        sources = dict(self.sources) | dict.fromkeys(settings, "artifact")
-        cfg = dataclasses.replace(self, **settings, sources=sources)
-        if wrong or cfg.conflicts():
-            raise ConfigError("\n".join(wrong or cfg.conflicts()))
-        return cfg
-
-
-# Relative to where the program starts, so that a log does not tell whose machine it came from.
-SAMPLE_DIR = Path(os.path.relpath(Path(__file__).resolve().parent / "data" / "sample"))
-# The small run: the same pipeline and wiring, narrow enough to finish in minutes on two CPU cores.
-SMOKE = dict(
-    data_path=str(SAMPLE_DIR),
-    tokenizer_path=str(SAMPLE_DIR / "tokenizer.model"),
-    vocab_size=1024,
-    model_dim=64,
-    num_heads=4,
-    num_kv_heads=2,
-    qk_gain_init=2.5,
-    train_seq_len=256,
-    rope_train_seq_len=256,
-    eval_seq_len=256,
-    train_batch_tokens=1024,
-    micro_batch_tokens=4096,
-    max_wallclock_seconds=90.0,
-    gptq_reserve_seconds=3.0,
-    warmup_steps=1,
-    ema_decay=0.97,
-    muon_momentum=0.9,
-    muon_momentum_warmup_start=0.85,
-    muon_momentum_warmup_steps=100,
-    train_log_every=50,
-    ttt_chunk_tokens=8192,
-)
-SMOKE_BLOCKERS = frozenset(
-    "data_dir data_path tokenizer_path vocab_size num_layers model_dim num_heads num_kv_heads "
-    "mlp_mult train_seq_len train_batch_tokens".split()
-)
-# Two names for one setting, in use by different scripts of this field.
-ALIASES = {
-    "PARALLEL_START_LAYER": "parallel_residual_start",
-    "GPTQ_CALIB_BATCHES": "gptq_calibration_batches",
-}
-# Names that other scripts of this field print or read, and what to do instead.
-RETIRED = {
-    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS sizes every forward, in training and in scoring",
-    "EMBED_LR": "the embedding is tied; set TIED_EMBED_LR",
-    "HEAD_LR": "the head is tied to the embedding; set TIED_EMBED_LR",
-    "MUON_BETA2": "it never had an effect; unset it",
-}
-# A variable that begins with one of these and is no setting must be a mistake.
-FAMILIES = tuple(
-    "ADAM_ EMA_ EMBED_ EVAL_ GPTQ_ LOOP_ MATRIX_ MUON_ QK_ ROPE_ SCALAR_ SLIDING_ TIED_ TRAIN_ "
-    "TTT_ VAL_ WARMDOWN_ WARMUP_ XSA_".split()
-)
-
-
-@functools.cache
-def knobs() -> tuple[dataclasses.Field, ...]:
-    """The fields of Config that are settings, in order."""
-    return tuple(f for f in dataclasses.fields(Config) if "sentence" in f.metadata)
-
-
-def unknown_variables(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Variables that look meant for us and are no setting: (problems, warnings)."""
-    known = {s.name.upper() for s in knobs()} | set(ALIASES)
-    problems, warnings = [], []
-    for name in sorted(set(env) - known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if name in RETIRED:
-            problems.append(f"{name}: not a setting here: {RETIRED[name]}")
-        elif name.startswith(FAMILIES):
-            problems.append(f"{name}: not a setting{hint or '; see --help'}")
-        elif near:
-            warnings.append(f"{name} is not a setting and is ignored{hint}")
-    return problems, warnings
-
-
-def parse_value(setting: dataclasses.Field, text: str) -> Any:
-    """The value of a setting from its text. Raises ValueError that says what was expected."""
-    kind, meta = type(setting.default), setting.metadata
-    if kind is bool:
-        if text.lower() not in ("0", "1", "false", "true"):
-            raise ValueError("expected 0 or 1")
-        return text.lower() in ("1", "true")
-    if kind is str:
-        if meta["choices"] and text not in meta["choices"]:
-            raise ValueError(f"expected one of {', '.join(meta['choices'])}")
-        return text
-    try:
-        value = kind(text)
-        finite = math.isfinite(value)
-    except (ValueError, OverflowError):
-        value, finite = math.nan, False
-    low, high = meta["low"], meta["high"]
-    in_range = (low is None or value >= low) and (high is None or value <= high)
-    if not (finite and in_range):
-        noun = "a whole number" if kind is int else "a number"
-        raise ValueError(f"expected {noun}{describe_range(setting)}")
-    return value
-
-
-def describe_range(setting: dataclasses.Field) -> str:
-    """`` from 1 to 8``, `` of at least 1``, `` one of a, b``, or nothing."""
-    low, high, choices = (setting.metadata[key] for key in ("low", "high", "choices"))
-    if choices:
-        return f" one of {', '.join(choices)}"
-    if low is not None:
-        return f" from {low} to {high}" if high is not None else f" of at least {low}"
-    return ""
-
-
-def help_text() -> str:
-    """Every setting: name, default, range, sentence. What `--help` prints."""
-    lines = [__doc__.strip(), "", "Settings (variable, default, range, meaning):", ""]
-    for setting in knobs():
-        default = int(setting.default) if isinstance(setting.default, bool) else setting.default
-        value, limits = str(default) or "(empty)", describe_range(setting).strip()
-        lines.append(
-            f"  {setting.name.upper():<28}{value:<12}{setting.metadata['sentence']}"
-            + (f" ({limits})" if limits else "")
-        )
-    lines += ["", "Other names for a setting:", ""]
-    lines += [f"  {alias:<28}{name.upper()}" for alias, name in ALIASES.items()]
-    small = ", ".join(
-        f"{name.upper()}={value}"
-        for name, value in SMOKE.items()
-        if name not in ("data_path", "tokenizer_path")
-    )
-    return "\n".join([*lines, "", f"SMOKE=1 takes the sample in data/sample and {small}."])
-
-
-# ---------------------------------------------------------------------------------------------
-# 2  Runtime
-# Ranks, device, clock and log. Only Runtime talks to torch.distributed, and every collective does
-# nothing on one rank, so that one process and many run the same lines. Every rank makes the same
-# calls.
-# ---------------------------------------------------------------------------------------------
-
-# Dense bf16 operations per second of one device, by the vendor's data sheets.
-PEAK_BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 311.9e12}
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
-
-
-class Budget:
-    """A ledger of phases on a monotonic clock. An inner phase stops the clock of the outer one.
-
-    `finish` is called where a phase begins or ends: it waits for the device.
-    """
-
-    TRAINING = ("train", "calibration")  # everything that reads training data inside the clock
-    EVALUATION = ("decompression", "quantized", "quantized_sliding_window", "quantized_ttt")
-
-    def __init__(self, finish: Callable[[], None] = lambda: None):
-        self.finish, self.seconds, self.open, self.since = finish, {}, [], 0.0
-
-    @contextlib.contextmanager
-    def phase(self, name: str):
-        """Time a block; the time of equal names adds up."""
-        self.finish()
-        self.tick()
-        self.open.append(name)
-        self.seconds.setdefault(name, 0.0)
-        try:
-            yield
-        finally:
-            self.finish()
-            self.tick()
-            self.open.pop()
-
-    def tick(self) -> None:
-        """Book the time since the last tick to the innermost open phase."""
-        now = time.perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
-        self.since = now
-
-    def total(self, phases: Iterable[str]) -> float:
-        """Seconds of these phases up to now, without waiting for the device."""
-        self.tick()
-        return sum(self.seconds.get(name, 0.0) for name in phases)
-
-    def report(self, cfg: Config) -> dict[str, Any]:
-        """Seconds of each phase, and the two sums that the rules limit beside their limits."""
-        sums = {}
-        for name, phases, limit in (
-            ("training", self.TRAINING, cfg.max_wallclock_seconds),
-            ("evaluation", self.EVALUATION, cfg.eval_wallclock_seconds),
-        ):
-            spent = self.total(phases)
-            sums[name] = dict(seconds=spent, limit=limit, within=not limit or spent <= limit)
-        return dict(phases=dict(self.seconds), **sums)
-
-
-class Runtime:
-    """Ranks, device and types of this process. A context manager: it owns the process group.
-
-    Attributes: rank, world_size, device, compute_dtype (of activations), is_main; budget, the time
-    that this process spends, by phase.
-    """
-
-    def __init__(self, cfg: Config, env: Mapping[str, str]):
-        self.rank, self.world_size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-        self.is_main = self.rank == 0
-        cuda, dtype = torch.cuda.is_available(), cfg.compute_dtype
-        self.device = torch.device(f"cuda:{env.get('LOCAL_RANK', '0')}" if cuda else "cpu")
-        if dtype == "auto":
-            dtype = "bfloat16" if cuda else "float32"
-        self.compute_dtype = getattr(torch, dtype)
-        self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
-        self.budget = Budget(self.synchronize)
-
-    def __enter__(self) -> Runtime:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.world_size > 1:
-            # Two backends: a host value, such as the clock, is agreed on without stalling the GPU.
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        # After an error the other ranks may never come to a meeting point: leave without one.
-        if self.world_size > 1 and kind is None:
-            dist.barrier()
-            dist.destroy_process_group()
-
-    def sum_(self, *tensors: Tensor) -> None:
-        """Add tensors of one dtype over all ranks, in place, in one message."""
-        if self.world_size > 1:
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            dist.all_reduce(flat)
-            totals = flat.split([t.numel() for t in tensors])
-            for tensor, total in zip(tensors, totals, strict=True):
-                tensor.copy_(total.view_as(tensor))
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(n, ...) on each rank -> (world_size * n, ...), in order of ranks."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
-    def agree_max(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks, so that all decide alike."""
-        if self.world_size == 1:
-            return list(values)
-        agreed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        return agreed.tolist()
-
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value (any picklable object), on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    @contextlib.contextmanager
-    def together(self):
-        """Turn a UserError of any rank inside the block into the same error on every rank."""
-        error = None
-        try:
-            yield
-        except UserError as caught:
-            error = caught
-        errors = [error]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-        for found in errors:
-            if found is not None:
-                found.on_all_ranks = True
-                raise found
-
-    def compile(self, module: nn.Module) -> Callable:
-        """The module, compiled for static shapes where this run compiles."""
-        return torch.compile(module, dynamic=False, fullgraph=True) if self.compiles else module
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Integers on the host -> int64 on the device; the copy overlaps with computation."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True).long()
-
-    def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` items; parts differ by one item at most."""
-        first, stop = (count * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return slice(first, stop)
-
-    def peak_flops(self) -> float | None:
-        """Dense bf16 operations per second of one device by its data sheet, if it is known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
-
-    def describe(self) -> dict[str, Any]:
-        """Hardware and versions: what a stranger needs to know to repeat a run."""
-        cuda = self.device.type == "cuda"
-        return dict(
-            device=torch.cuda.get_device_name(self.device) if cuda else cpu_name(),
-            world_size=self.world_size,
-            cpu_threads=torch.get_num_threads(),
-            compute_dtype=str(self.compute_dtype).removeprefix("torch."),
-            compiled=self.compiles,
-            torch=torch.__version__,
-            cuda=torch.version.cuda,
-            numpy=np.__version__,
-            python=platform.python_version(),
-            system=platform.platform(),
-        )
-
-
-def cpu_name() -> str:
-    """The processor's name, from Linux or from Python."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return re.search(r"model name\s*:\s*(.+)", text)[1]
-    except (OSError, TypeError):  # another system, or a processor without that line
-        return platform.processor() or platform.machine()
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file beside its name and rename it, so that the name never holds a half-written file.
-
-    Raises: ArtifactError if the disk refuses; the part that was written is removed.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path}: could not write {len(data):,} bytes: {error.strerror}; free some "
-            "space or set LOG_DIR to another disk"
-        ) from error
-    finally:  # gone already if all went well; also if the run is interrupted
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            part.unlink(missing_ok=True)
-
-
-class Log:
-    """Console, text file and JSON of one run; on every rank but the first it says nothing.
-
-    Attributes: record, the content of the JSON; path(suffix) names the run's files.
-    """
-
-    PLAIN_SECONDS, BAR_SECONDS = 15.0, 0.2  # between two progress lines in a file, on a terminal
-
-    def __init__(self, folder: str, run_id: str, *, enabled: bool = True, stream=None):
-        self.folder, self.run_id, self.enabled = Path(folder), run_id, enabled
-        self.stream, self.record, self.file = stream or sys.stdout, {}, None
-        self.bar = self.stream.isatty()
-        self.pause_seconds = self.BAR_SECONDS if self.bar else self.PLAIN_SECONDS
-        if enabled:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path("txt"), "x", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                if self.path("txt").exists():
-                    raise ConfigError(
-                        f"RUN_ID={run_id}: {error.filename} exists; choose another RUN_ID "
-                        "or remove that run"
-                    ) from error
-                raise ConfigError(
-                    f"LOG_DIR={folder}: {error.strerror}; choose another folder"
-                ) from error
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.enabled:
-            if error is not None:
-                with contextlib.suppress(ArtifactError):  # the first error is the one to report
-                    self.put(error=f"{kind.__name__}: {error}")
-            with contextlib.suppress(OSError):  # what the disk refuses now, it refused before
-                self.file.close()
-
-    def path(self, suffix: str) -> Path:
-        return self.folder / f"{self.run_id}.{suffix}"
-
-    def line(self, text: str) -> None:
-        """One event, one line, on the console and in the file."""
-        if self.enabled:
-            print("\r\x1b[K" * self.bar + text, file=self.stream, flush=True)
-            try:
-                print(text, file=self.file, flush=True)
-            except OSError as error:
-                raise ArtifactError(
-                    f"{self.path('txt')}: could not write a line: {error.strerror}; free some "
-                    "space or set LOG_DIR to another disk"
-                ) from error
-
-    def put(self, **facts: Any) -> None:
-        """Add facts to the JSON and save it, so that a run that is cut off leaves what it knew."""
-        self.record.update(facts)
-        if self.enabled:
-            text = json.dumps(self.record, indent=1, default=str)
-            atomic_write(self.path("json"), text.encode())
-
-    def progress(self, label: str) -> Callable[..., None]:
-        """A function of (part done, note="") that shows, now and then, how far and how long."""
-        started = shown = time.monotonic()
-
-        def show(part: float, note: str = "") -> None:
-            nonlocal shown
-            now = time.monotonic()
-            if not self.enabled or now - shown < self.pause_seconds:
-                return
-            shown = now
-            left = f"{(now - started) * (1 - part) / part:.0f}s" if part > 0 else "?"
-            text = f"{label} {part:4.0%} time_left:{left} {note}".rstrip()
-            if self.bar:
-                filled = int(24 * min(part, 1.0))
-                print(f"\r\x1b[K[{'#' * filled:<24}] {text}", end="", file=self.stream, flush=True)
-            else:
-                self.line(text)
-
-        return show
-
-
-# ---------------------------------------------------------------------------------------------
-# 3  Data
-# A shard is 256 little-endian int32 words (magic, version, count, zeros) and then that many
-# little-endian uint16 token ids. The order of the training windows is a pure function of seed and
-# shards, the same for any number of ranks. Bytes are charged per target, here and nowhere else.
-# ---------------------------------------------------------------------------------------------
-
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-GET_DATA = (
-    "fetch it with data/cached_challenge_fineweb.py or set DATA_PATH and TOKENIZER_PATH; SMOKE=1 "
-    "runs on the embedded sample"
-)
-
-
-def read_shard(path: Path) -> np.ndarray:
-    """Open a shard: (n,) uint16 token ids, memory-mapped, read-only.
-
-    Raises: DataError unless magic, version, count and size of the file agree.
-    """
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
-        raise DataError(
-            f"{path}: no token shard: expected {SHARD_HEADER_BYTES} header bytes that begin "
-            f"with {SHARD_MAGIC}; fetch or build it again"
-        )
-    if header[1] != SHARD_VERSION:
-        raise DataError(
-            f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; build it again"
-        )
-    promised, found = int(header[2]), (size - SHARD_HEADER_BYTES) / 2
-    if promised != found or promised < 1:
-        raise DataError(
-            f"{path}: header promises {promised:,} tokens, file holds {found:,.12g}; fetch it again"
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(promised,))
-
-
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split (`train`, `val`, `val_bytes`), in order; DataError if none."""
-    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
-    if not paths:
-        raise DataError(f"{folder}: no fineweb_{split}_*.bin there; {GET_DATA}")
-    return paths
-
-
-def set_fingerprint(shards: Sequence[Path], tokenizer: Path) -> str:
-    """A name for the content of a token set, cheap enough for each run: 32 hex digits.
-
-    Covers the tokenizer and every shard below 64 MiB whole; of a longer one its length and 64
-    blocks of 64 KiB, evenly spread. Folder names and dates do not matter.
-    """
-    block, count = 1 << 16, 64
-    digest = hashlib.sha256(hashlib.sha256(tokenizer.read_bytes()).digest())
-    for path in sorted(shards, key=lambda path: path.name):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        starts = range(0, size, block)
-        if size > 1024 * block:
-            starts = [(size - block) * part // (count - 1) for part in range(count)]
-        with open(path, "rb") as stream:
-            for start in starts:
-                stream.seek(start)
-                digest.update(stream.read(block))
-    return digest.hexdigest()[:32]
-
-
-def data_proof(folder: Path, tokenizer: Path, *, trains: bool) -> dict[str, Any]:
-    """Read the headers of a set, and look for the proof that data/verify_dataset.py leaves.
-
-    Args:
-        trains: whether the run reads training shards; else the proof of the validation text counts.
-    Returns: data_fingerprint, and data_verified: whether verified.json vouches for just this set.
-    Raises: DataError for a shard whose header and size disagree.
-    """
-    shards = [*find_shards(folder, "val"), *folder.glob("fineweb_val_bytes_[0-9]*.bin")]
-    shards += find_shards(folder, "train") if trains else []
-    for path in shards:
-        read_shard(path)
-    fingerprint, proof = set_fingerprint(shards, tokenizer), {}
-    if (folder / "verified.json").exists():
-        with contextlib.suppress(ValueError, TypeError):  # a damaged proof proves nothing
-            proof = dict(json.loads((folder / "verified.json").read_text(encoding="utf-8")))
-    vouched = proof.get("fingerprint" if trains else "validation_fingerprint")
-    return dict(data_fingerprint=fingerprint, data_verified=vouched == fingerprint)
-
-
-def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """Raises DataError if a token id lies beyond the vocabulary."""
-    if tokens.size and (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"{where}: token id {largest}, expected ids below VOCAB_SIZE={vocab_size}; the "
-            "shards belong to another tokenizer"
-        )
-
-
-class Loader:
-    """Training windows in one global order that no number of ranks changes.
-
-    Each epoch every shard gets a random phase, is cut into windows of `seq_len` inputs and one more
-    target, and the windows of all shards are shuffled together. That is the distribution of "pick a
-    shard by its remaining windows, then one of them" (system #1493) without any state: window i is
-    a function of (seed, i), so going back to the start is asking for i = 0 again.
-    """
-
-    PREFETCH_STEPS = 3
-
-    def __init__(self, paths: Sequence[Path], *, seq_len: int, vocab_size: int, seed: int):
-        self.paths, self.shards = paths, [read_shard(path) for path in paths]
-        self.seq_len, self.vocab_size, self.seed = seq_len, vocab_size, seed
-        self.epoch_ends: list[int] = []
-        if not any(len(shard) > seq_len for shard in self.shards):
-            raise DataError(
-                f"{paths[0].parent}: no training shard is longer than one window of "
-                f"TRAIN_SEQ_LEN={seq_len}; fetch or build longer ones"
-            )
-        self.epoch(0)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 -- the one loader lives as long as the run
-    def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Phase and first window of each shard, and the shuffled order of all windows."""
-        draw = np.random.default_rng([self.seed, number])
-        spare = np.array([len(shard) - self.seq_len for shard in self.shards])
-        phases = draw.integers(0, np.clip(spare, 1, self.seq_len))
-        counts = np.maximum((spare - 1 - phases) // self.seq_len + 1, 0) * (spare > 0)
-        order = draw.permutation(counts.sum())
-        if number == len(self.epoch_ends):
-            self.epoch_ends.append(len(order) + (self.epoch_ends[-1] if number else 0))
-        return phases, np.cumsum(counts) - counts, order
-
-    def windows(self, first: int, count: int) -> np.ndarray:
-        """Windows first, first + 1, ... of the global order: (count, seq_len + 1) uint16."""
-        out = np.empty((count, self.seq_len + 1), dtype=np.uint16)
-        for row, index in enumerate(range(first, first + count)):
-            while index >= self.epoch_ends[-1]:
-                self.epoch(len(self.epoch_ends))
-            number = int(np.searchsorted(self.epoch_ends, index, side="right"))
-            phases, firsts, order = self.epoch(number)
-            window = order[index - (self.epoch_ends[number - 1] if number else 0)]
-            shard = int(np.searchsorted(firsts, window, side="right")) - 1
-            start = phases[shard] + (window - firsts[shard]) * self.seq_len
-            out[row] = self.shards[shard][start : start + self.seq_len + 1]
-            if out[row].max() >= self.vocab_size:
-                check_vocabulary(out[row], self.vocab_size, str(self.paths[shard]))
-        return out
-
-    def batches(self, rt: Runtime, rows: int, first: int = 0) -> Iterator[Tensor]:
-        """This rank's part of step after step, read ahead by a thread.
-
-        Args:
-            rows: windows of one step over all ranks.
-            first: window with which the first step begins.
-        Yields: (this rank's rows, seq_len + 1) int64 on the device. Close it to end the thread.
-        """
-        mine, queue = rt.share(rows), collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            for start in itertools.count(first + mine.start, rows):
-                queue.append(reader.submit(self.windows, start, mine.stop - mine.start))
-                if len(queue) > self.PREFETCH_STEPS:
-                    yield rt.to_device(queue.popleft().result())
-
-
-def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows (rows, T + 1) to what a forward reads and what it predicts, (rows, T) each."""
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-@dataclass(frozen=True)
-class ByteTable:
-    """What each token adds to the text: the three tables by which this field charges bytes.
-
-    Attributes (one entry per token id): base_bytes, UTF-8 length without the leading space;
-    leading_space, whether the piece begins with a space; is_boundary, control and unused ids, after
-    which that space is not written. bos: the id that opens a document. digest: of the tokenizer.
-    """
-
-    base_bytes: np.ndarray
-    leading_space: np.ndarray
-    is_boundary: np.ndarray
-    bos: int
-    digest: str
-    has_marks: bool = False  # CaseOps: only the byte sidecar knows what a token is charged
-
-    SPACE = "\u2581"  # SentencePiece's mark for a space
-
-    @classmethod
-    def from_file(cls, path: Path, vocab_size: int) -> ByteTable:
-        """Read a SentencePiece model, or the JSON file of the byte260 tokenizer.
-
-        Raises: DataError if the file is missing, has another vocabulary, or would break the count:
-        the bytes charged for a document must be those of the text that its tokens decode to.
-        """
-        try:
-            blob = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}: the tokenizer; {GET_DATA}") from error
-        read = cls.from_byte260 if path.suffix == ".json" else cls.from_sentencepiece
-        return read(path, blob, vocab_size)
-
-    @classmethod
-    def from_byte260(cls, path: Path, blob: bytes, vocab_size: int) -> ByteTable:
-        """Four control ids, then the 256 byte values; each charged as it is."""
-        if vocab_size != BYTE_OFFSET + 256 or b'"pure_byte"' not in blob:
-            raise DataError(f"{path}: expected the byte260 tokenizer and VOCAB_SIZE=260")
-        control = np.arange(vocab_size) < BYTE_OFFSET
-        digest = hashlib.sha256(blob).hexdigest()
-        return cls((~control).astype(np.int16), np.zeros_like(control), control, 1, digest)
-
-    @classmethod
-    def from_sentencepiece(cls, path: Path, blob: bytes, vocab_size: int) -> ByteTable:
-        """The tables of a SentencePiece model with byte fallback."""
-        import sentencepiece
-
-        try:
-            model = sentencepiece.SentencePieceProcessor(model_proto=blob)
-        except RuntimeError as error:
-            raise DataError(f"{path}: no SentencePiece model; {GET_DATA}") from error
-        if model.vocab_size() != vocab_size:
-            raise DataError(
-                f"{path}: {model.vocab_size()} pieces, expected VOCAB_SIZE={vocab_size}; set "
-                "TOKENIZER_PATH to the tokenizer of the shards"
-            )
-        pieces = [model.id_to_piece(i) for i in range(vocab_size)]
-        is_silent = (model.is_control, model.is_unknown, model.is_unused)
-        silent = np.array([any(test(i) for test in is_silent) for i in range(vocab_size)])
-        single = np.array([model.is_byte(i) for i in range(vocab_size)])
-        space = np.array([p.startswith(cls.SPACE) for p in pieces]) & ~silent & ~single
-        base = [
-            0 if s else 1 if b else len(p.removeprefix(cls.SPACE).encode())
-            for p, s, b in zip(pieces, silent, single, strict=True)
-        ]
-        digest = hashlib.sha256(blob).hexdigest()
-        has_marks = set(pieces) >= CASEOPS_MARKS
-        table = cls(np.array(base, np.int16), space, silent, model.bos_id(), digest, has_marks)
-        table.refuse_miscounting(model, pieces, path)
-        return table
-
-    def refuse_miscounting(self, model, pieces: Sequence[str], path: Path) -> None:
-        """Raises DataError if some text would be charged other bytes than its tokens decode to."""
-        inner = [
-            p
-            for p, silent in zip(pieces, self.is_boundary, strict=True)
-            if not silent and self.SPACE in p.removeprefix(self.SPACE)
-        ]
-        faults = [
-            (self.SPACE not in pieces, f"the bare space {self.SPACE} is no piece"),
-            (sum(map(model.is_byte, range(len(pieces)))) != 256, "it has no byte fallback"),
-            (bool(inner), f"piece {inner[:1]} has a space past its beginning"),
-            (self.bos < 0, "it has no BOS"),
-        ]
-        # Piece by piece, after one that opens no word: a decoder may rewrite what it is given.
-        plain = [i for i, s in enumerate(self.is_boundary) if not s and not model.is_byte(i)]
-        for first in [i for i in plain if not self.leading_space[i]][:1]:
-            for i, text in zip(plain, model.decode([[first, i] for i in plain]), strict=True):
-                charged = int(self.charge(np.array([self.bos, first, i])).sum())
-                fault = f"piece {pieces[i]!r} is miscounted"
-                faults.append((charged != len(text.encode()), fault))
-        for text in BYTE_PROBES:
-            ids = model.encode(text)
-            charged = int(self.charge(np.array([self.bos, *ids])).sum())
-            faults.append((charged != len(model.decode(ids).encode()), f"{text!r} is miscounted"))
-        for found, fault in faults:
-            if found:
-                raise DataError(
-                    f"{path}: {fault}, so bytes would be counted wrong; use a tokenizer made "
-                    "by data/build_dataset.py"
-                )
-
-    def charge(self, tokens: np.ndarray) -> np.ndarray:
-        """(n + 1,) token ids -> (n,) int16 bytes charged to tokens[1:], in their context."""
-        previous, target = tokens[:-1], tokens[1:]
-        return self.base_bytes[target] + (self.leading_space[target] & ~self.is_boundary[previous])
-
-
-BYTE_OFFSET = 4  # byte260: pad, bos, eos, unk come before the byte values
-CASEOPS_MARKS = frozenset("\ue001\ue002\ue003\ue004")  # as in data/caseops.py
-# Short texts on which tokenizers of this field were miscounted: spaces of every kind, everywhere.
-BYTE_PROBES = tuple(
-    " a|a  b|\u2581a|\u2581\u2581a|a\u2581|\u3000a\u00a0b|\u00a8a|a\tb\nc |<s>a</s>"
-    "|\ufb01\u2460\u0130\0|\u200d\u00e9\u0301\U0001f468\u200d\U0001f469".split("|")
-)
-
-
-@dataclass(frozen=True)
-class ValidationTokens:
-    """The text that is scored: (n + 1,) uint16 tokens, and the bytes of each of n targets."""
-
-    tokens: np.ndarray
-    target_bytes: np.ndarray
-    dropped: int  # targets at the end that do not fill a window of the plain evaluation
-
-    @classmethod
-    def load(
-        cls, paths: Sequence[Path], table: ByteTable, *, seq_len: int, limit: int = 0
-    ) -> ValidationTokens:
-        """Read the validation shards.
-
-        Args:
-            seq_len: whole windows of it are kept, as published scores do; less is kept whole.
-            limit: keep only so many targets, 0: all.
-        Raises: DataError for a bad shard, a foreign token or a text that does not open with BOS.
-        """
-        tokens = np.concatenate([read_shard(path) for path in paths])
-        check_vocabulary(tokens, len(table.base_bytes), str(paths[0].parent / "fineweb_val_*.bin"))
-        if tokens[0] != table.bos:
-            raise DataError(
-                f"{paths[0]}: begins with token {tokens[0]}, expected BOS={table.bos}; the "
-                "shards belong to another tokenizer"
-            )
-        found = len(tokens) - 1
-        if found < 1:
-            raise DataError(f"{paths[0]}: {len(tokens)} validation tokens, expected at least 2")
-        kept = min(found, limit or found)
-        if kept == found >= seq_len:
-            kept -= kept % seq_len
-        charged = cls.charge(paths, tokens, table)
-        return cls(tokens[: kept + 1], charged[:kept], found - kept)
-
-    @staticmethod
-    def charge(paths: Sequence[Path], tokens: np.ndarray, table: ByteTable) -> np.ndarray:
-        """Bytes of tokens[1:]: by the table, or by the sidecar if the tokenizer has CaseOps marks.
-
-        Raises: DataError if there has to be a sidecar and is none, or if it is of another set.
-        """
-        if not table.has_marks:
-            return table.charge(tokens)
-        sidecar = np.concatenate([read_shard(p) for p in find_shards(paths[0].parent, "val_bytes")])
-        if len(sidecar) != len(tokens) or sidecar[tokens == table.bos].any():
-            raise DataError(
-                f"{paths[0].parent}: the byte sidecar ({len(sidecar):,} entries) is not of these "
-                f"{len(tokens):,} validation tokens; fetch or build both again"
-            )
-        return sidecar[1:].astype(np.int16)
-
-
-# ---------------------------------------------------------------------------------------------
-# 4  Model
-# Which layer is visited when, and what each visit does, is data: a DepthPlan. One forward serves
-# training, validation, calibration and test-time training. Matrices are float32, cast at use.
-# ---------------------------------------------------------------------------------------------
-
-
-class Visit(NamedTuple):
-    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none."""
-
-    layer: int
-    push: bool
-    pop: int
-    parallel: bool
-
-
-class DepthPlan(NamedTuple):
-    """The visits of one forward, in order. Immutable: one compiled graph for each plan."""
-
-    visits: tuple[Visit, ...]
-
-    @property
-    def encoder(self) -> list[int]:
-        return [v.layer for v in self.visits[: len(self.visits) // 2]]
-
-    @property
-    def decoder(self) -> list[int]:
-        return [v.layer for v in self.visits[len(self.visits) // 2 :]]
-
-    @property
-    def skips(self) -> int:
-        return sum(v.pop >= 0 for v in self.visits)
-
-
-def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
-    """The wiring of system #1493, before (`looped=False`) or after recurrence starts.
-
-    The first half of the visits pushes its outputs, the second half pops them, last pushed first;
-    so the first skip popped is the running stream itself.
-    """
-    order = list(range(cfg.num_layers))
-    if looped and cfg.num_loops:
-        loop = order[cfg.loop_start : cfg.loop_end + 1]
-        order[cfg.loop_start : cfg.loop_end + 1] = loop * (cfg.num_loops + 1)
-    half = len(order) // 2
-    return DepthPlan(
-        tuple(
-            Visit(
-                layer,
-                place < half,
-                place - half if half <= place < 2 * half else -1,
-                layer >= cfg.parallel_residual_start,
-            )
-            for place, layer in enumerate(order)
-        )
-    )
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by its definition, in float32: the reference of every other kernel.
-
-    Args: q (B, T, H, D); k, v (B, T, K, D) with H a multiple of K. Returns (B, T, H, D).
-    """
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
-    k, v = (x.float().repeat_interleave(groups, dim=2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q.float(), k) / math.sqrt(q.shape[-1])
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`plain_attention` by the kernels inside PyTorch."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def select_attention(
-    choice: str, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Callable, str]:
-    """Decide once which attention kernel a run uses: (name, function, reason).
-
-    FlashAttention 3 is the package `flash_attn_interface`; it needs a Hopper GPU and 16-bit types.
-    Raises: ConfigError if the choice cannot be honoured.
-    """
-    why_not_fa3 = ""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        why_not_fa3 = "the device is no Hopper GPU"
-    elif dtype == torch.float32:
-        why_not_fa3 = "activations are float32"
-    else:
-        try:
-            flash = importlib.import_module("flash_attn_interface").flash_attn_func
-        except ImportError as error:
-            why_not_fa3 = f"flash_attn_interface does not import ({error})"
-    if choice == "fa3" and why_not_fa3:
-        raise ConfigError(f"ATTENTION=fa3: {why_not_fa3}; unset it or set ATTENTION=sdpa")
-    if choice == "plain":
-        return "plain", plain_attention, "as set"
-    if choice == "sdpa" or why_not_fa3:
-        return "sdpa", sdpa_attention, "as set" if choice == "sdpa" else f"no fa3: {why_not_fa3}"
-
-    def fa3_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older wheels return (out, log-sum-exp)
-
-    return "fa3", fa3_attention, "as set" if choice == "fa3" else "installed"
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over the last dimension; no weight."""
-    return F.rms_norm(x, x.shape[-1:])
-
-
-def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, 1, rope_dims / 2) float32.
-
-    Beyond ROPE_TRAIN_SEQ_LEN the base grows by (length / that)^(d / (d - 2)), d = ROPE_DIMS, so
-    that the slowest frequency sees the angles of training (NTK-aware scaling).
-    """
-    dims, stretch = cfg.rope_dims, max(1.0, length / cfg.rope_train_seq_len)
-    base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
-    powers = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * base**-powers
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first dimensions of each head (B, T, H, D) by position, in half-split pairs."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    half = cos.shape[-1]
-    u, w, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and cast to the type of its input at use."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Attention(nn.Module):
-    """Causal attention with grouped heads, normalised queries and keys, q-gain and optional XSA."""
-
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
-        super().__init__()
-        self.head_dim, self.kernel = cfg.model_dim // cfg.num_heads, kernel
-        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q = Linear(cfg.model_dim, cfg.model_dim)
-        self.k = Linear(cfg.model_dim, self.head_dim * cfg.num_kv_heads)
-        self.v = Linear(cfg.model_dim, self.head_dim * cfg.num_kv_heads)
-        self.out = Linear(cfg.model_dim, cfg.model_dim)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (m(x).unflatten(-1, (-1, self.head_dim)) for m in (self.q, self.k, self.v))
-        q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))  # (B, T, H or K, D)
-        y = self.kernel(q * self.q_gain[:, None].to(q.dtype), k, v)
-        if self.exclusive:
-            y = exclude_self(y, v)
-        return self.out(y.flatten(-2))
-
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
-    grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
-    own = F.normalize(v, dim=-1)[:, :, :, None]
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-
-
-class MLP(nn.Module):
-    """Up, LeakyReLU(0.5) squared, down."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.up = Linear(cfg.model_dim, cfg.mlp_hidden)
-        self.down = Linear(cfg.mlp_hidden, cfg.model_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), 0.5).square())
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, in sequence or side by side, with learned channel scales.
-
-    `resid_mix` mixes the running stream and the embedding stream x0 at the entry. The norm scale
-    1/sqrt(layer + 1) takes the physical layer, also on repeated visits.
-    """
-
-    def __init__(self, cfg: Config, layer: int, kernel: Callable):
-        super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, kernel), MLP(cfg)
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.resid_mix = nn.Parameter(
-            torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
-        )
-        self.norm_scale = 1 / math.sqrt(layer + 1)
-
-    def forward(
-        self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], *, parallel: bool
-    ) -> Tensor:
-        mix, attn_scale, mlp_scale = (
-            p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale)
-        )
-        x = mix[0] * x + mix[1] * x0
-        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, rotary)
-        return mid + mlp_scale * self.mlp(rms_norm(x if parallel else mid) * self.norm_scale)
-
-
-class GPT(nn.Module):
-    """The model. `head` is tied: its rows are also the token embedding."""
-
-    def __init__(
-        self,
-        cfg: Config,
-        kernel: Callable = plain_attention,
-        compute_dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__()
-        self.cfg, self.compute_dtype = cfg, compute_dtype
-        self.head = Linear(cfg.model_dim, cfg.vocab_size)
-        self.blocks = nn.ModuleList(Block(cfg, layer, kernel) for layer in range(cfg.num_layers))
-        skips = max(depth_plan(cfg, looped=looped).skips for looped in (False, True))
-        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
-        self.skip_gates = nn.Parameter(torch.zeros(skips, cfg.model_dim))
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw the matrices: normal embedding, zero output projections, the rest orthogonal."""
-        draw = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.head.weight, std=self.cfg.tied_embed_init_std, generator=draw)
-        for block in self.blocks:
-            for module in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
-                nn.init.orthogonal_(module.weight, generator=draw)
-            nn.init.zeros_(block.attn.out.weight)
-            nn.init.zeros_(block.mlp.down.weight)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        *,
-        plan: DepthPlan,
-        reduction: str = "mean",
-        tail: int | None = None,
-    ) -> Tensor:
-        """Logits, or the loss of targets.
-
-        Args:
-            tokens, targets: (B, T) int64; targets[b, t] is the token after tokens[b, :t + 1].
-            plan: the visits of this forward.
-            reduction: "mean", or "none" for a loss per target; in nats.
-            tail: score only the last so many positions of each row; None: all.
-        Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
-        """
-        rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        x = x0 = rms_norm(F.embedding(tokens, self.head.weight).to(self.compute_dtype))
-        skips = []
-        for visit in plan.visits:
-            if visit.pop >= 0:
-                gate = self.skip_gates[visit.pop].sigmoid().to(x.dtype)
-                x = gate * x + (1 - gate) * (self.skip_weights[visit.pop].to(x.dtype) * skips.pop())
-            x = self.blocks[visit.layer](x, x0, rotary, parallel=visit.parallel)
-            if visit.push:
-                skips.append(x)
-        if tail is not None:
-            x, targets = x[:, -tail:], None if targets is None else targets[:, -tail:]
-        cap = self.cfg.logit_softcap
-        logits = cap * torch.tanh(self.head(rms_norm(x)).float() / cap)
-        if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return losses if reduction == "mean" else losses.view_as(targets)
-
-    def flops_per_token(self, plan: DepthPlan, length: int) -> float:
-        """Operations of a forward and backward per token: 6 per weight, causal attention."""
-        cfg = self.cfg
-        weights = (
-            sum(
-                m.weight.numel()
-                for v in plan.visits
-                for m in self.blocks[v.layer].modules()
-                if isinstance(m, Linear)
-            )
-            + self.head.weight.numel()
-        )
-        return 6.0 * weights + 6.0 * length * cfg.model_dim * len(plan.visits)
-
-
-# ---------------------------------------------------------------------------------------------
-# 5  Optimizer
-# One table claims every tensor: optimizer group, quantizer and bits. Muon for matrices, AdamW for
-# the rest. The same classes serve one rank and many.
-# ---------------------------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """Who optimizes and who stores the tensors whose whole name matches `pattern`.
-
-    bits 0: stored as float16; else GPTQ with codes of that width.
-    """
-
-    pattern: str
-    optimizer: str
-    bits: int
-    clip_sigmas: float
-
-
-def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
-    """The only place that decides how a tensor is optimized and stored."""
-    return (
-        Rule(r"head\.weight", "embedding", cfg.embed_bits, cfg.embed_clip_sigmas),
-        Rule(
-            r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight",
-            "matrix",
-            cfg.matrix_bits,
-            cfg.matrix_clip_sigmas,
-        ),
-        Rule(r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)", "scalar", 0, 0.0),
-        Rule(r"skip_(weights|gates)", "scalar", 0, 0.0),
-    )
-
-
-def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
-    """The one rule that claims a tensor; it is our mistake if none or two do."""
-    claims = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
-    assert len(claims) == 1, f"tensor {name} is claimed by {len(claims)} rules, expected one"
-    return claims[0]
-
-
-def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each optimizer group, in the model's order."""
-    groups = {"matrix": [], "embedding": [], "scalar": []}
-    for name, parameter in model.named_parameters():
-        groups[rule_of(name, tensor_rules(cfg)).optimizer].append(parameter)
-    return groups
-
-
-def newton_schulz(updates: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Push the singular values of matrices (..., rows, cols) towards 1; returns the same shape.
-
-    Five steps leave them between about 0.7 and 1.2, whatever their size was. Source: Jordan et al.
-    2024, Muon, the quintic iteration X <- aX + (bA + cA^2)X with A = X X^T.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = updates.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(updates.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz, with decoupled weight decay.
-
-    Matrices of one shape are orthogonalised as one batch; each rank takes its part of the batch,
-    keeps the momentum of that part only, and gathers the updates of the others. Gradients must
-    already be averaged over ranks. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system
-    #1493).
-    """
-
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        rt: Runtime,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        backend_steps: int,
-        row_normalize: bool,
-    ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.rt, self.backend_steps, self.row_normalize = rt, backend_steps, row_normalize
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Change the parameters in place."""
-        for group in self.param_groups:
-            by_shape = collections.defaultdict(list)
-            for parameter in group["params"]:
-                by_shape[parameter.shape].append(parameter)
-            for (rows, cols), params in by_shape.items():
-                update = self.orthogonal_update(params, group["momentum"])
-                scale = math.sqrt(max(1.0, rows / cols))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)
-
-    def orthogonal_update(self, params: list[nn.Parameter], momentum: float) -> Tensor:
-        """(len(params), rows, cols): this rank's part computed, the other parts gathered."""
-        part = -(
-            -len(params) // self.rt.world_size
-        )  # equal parts: the last ones are padded with zeros
-        mine = params[self.rt.rank * part : (self.rt.rank + 1) * part]
-        grads = torch.zeros((part, *params[0].shape), device=params[0].device)
-        if mine:
-            torch.stack([p.grad for p in mine], out=grads[: len(mine)])
-        state = self.state[params[0]]
-        if not state:
-            state["momentum"] = torch.zeros_like(grads)
-        average = state["momentum"].mul_(momentum).add_(grads)
-        update = grads.add_(average, alpha=momentum)  # Nesterov
-        if self.row_normalize:
-            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        update = newton_schulz(update, self.backend_steps, self.rt.compute_dtype)
-        return self.rt.gather(update)[: len(params)]
-
-
-def make_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
-    """Fresh optimizers by group name. Their learning rates are set at every step."""
-    groups = parameter_groups(model, cfg)
-    adam = functools.partial(
-        torch.optim.AdamW, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True
-    )
-    return {
-        "matrix": Muon(
-            groups["matrix"],
-            rt,
-            lr=cfg.matrix_lr,
-            momentum=cfg.muon_momentum,
-            weight_decay=cfg.muon_wd,
-            backend_steps=cfg.muon_backend_steps,
-            row_normalize=cfg.muon_row_normalize,
-        ),
-        "embedding": adam(groups["embedding"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
-        "scalar": adam(groups["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
-    }
-
-
-def lr_scale(frac: float, cfg: Config) -> float:
-    """Learning-rate multiplier at a part of training: 1, then a line to 0, never below MIN_LR."""
-    if frac < 1 - cfg.warmdown_frac or not cfg.warmdown_frac:
-        return 1.0
-    return max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
-
-
-def muon_momentum(step: int, cfg: Config) -> float:
-    """Muon's momentum: a line over the first steps, then constant."""
-    part = (
-        min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    )
-    return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
-
-
-# ---------------------------------------------------------------------------------------------
-# 6  Training
-# Steps until the wall clock or ITERATIONS ends them. The clock is read once per step and agreed on
-# by all ranks, so learning rates, the start of recurrence and the end are the same everywhere.
-# ---------------------------------------------------------------------------------------------
-
-
-class Ema:
-    """Exponential moving average of every parameter, in float32, updated in place."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.params, self.decay = list(model.parameters()), decay
-        self.average = [p.detach().clone() for p in self.params]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(self.average, self.params, 1 - self.decay)
-
-    @torch.no_grad()
-    def store(self) -> None:
-        """Overwrite the model with the average."""
-        torch._foreach_copy_(self.params, self.average)
-
-
-class LossWatch:
-    """The loss of the step before, read without making the device wait for the host.
-
-    Reading it waits until that step is done, so the host never runs more than a step ahead and its
-    clock tells the device's time.
-    """
-
-    def __init__(self):
-        self.pending, self.value, self.last_finite = None, 0.0, math.nan
-
-    def push(self, loss: Tensor | None) -> None:
-        """Take the newest loss, () or None after the last step, and read the one before."""
-        previous, self.pending = self.pending, None
-        if loss is not None:
-            host, event = loss.detach().to("cpu", non_blocking=True), None
-            if loss.is_cuda:
-                event = torch.cuda.Event()
-                event.record()
-            self.pending = host, event
-        if previous is not None:
-            host, event = previous
-            if event is not None:
-                event.synchronize()
-            self.value = host.item()
-            if math.isfinite(self.value):
-                self.last_finite = self.value
-
-    def check(self, bad: float, step: int, rates: Mapping[str, float]) -> None:
-        """Raises DivergenceError, with the facts, if any rank's loss was bad."""
-        if bad:
-            raise DivergenceError(
-                f"step {step}: the training loss is not finite; last finite loss on this rank "
-                f"{self.last_finite:.4f}; learning rates "
-                + " ".join(f"{name}={rate:.3g}" for name, rate in rates.items())
-                + "; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"
-            )
-
-    @property
-    def bad(self) -> float:
-        return float(not math.isfinite(self.value))
-
-
-class Trained(NamedTuple):
-    """What training leaves besides the weights in the model."""
-
-    steps: int
-    looped: bool  # whether the last step ran the looped plan
-
-
-def training_frac(step: int, seconds: float, cfg: Config) -> float:
-    """Part of training done: of the steps or of the time, whichever will end it."""
-    return max(step / cfg.iterations, seconds / cfg.train_seconds)
-
-
-def train_step(
-    forward: Callable,
-    windows: Tensor,
-    plan: DepthPlan,
-    model: nn.Module,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    cfg: Config,
-    rt: Runtime,
-) -> Tensor:
-    """One optimizer step on this rank's windows (rows, T + 1).
-
-    Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
-    Changes the model and the optimizers in place.
-    """
-    count = cfg.micro_batches(rt.world_size) * rt.world_size
-    total = torch.zeros((), device=windows.device)
-    for micro in windows.chunk(count // rt.world_size):
-        loss = forward(*inputs_and_targets(micro), plan=plan) / count
-        loss.backward()
-        total += loss.detach()
-    apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
-    return total
-
-
-def apply_gradients(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
-) -> None:
-    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them."""
-    params = list(model.parameters())
-    for parameter in params:
-        if parameter.grad is None:  # this rank had no text
-            parameter.grad = torch.zeros_like(parameter)
-    rt.sum_(*(p.grad for p in params))
-    if clip_norm:
-        nn.utils.clip_grad_norm_(params, clip_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def set_schedule(
-    optimizers: Mapping[str, torch.optim.Optimizer], step: int, frac: float, cfg: Config
-) -> dict[str, float]:
-    """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
-    scale = lr_scale(frac, cfg)
-    rates = {
-        "matrix": cfg.matrix_lr * scale,
-        "embedding": cfg.tied_embed_lr * scale,
-        "scalar": cfg.scalar_lr * scale,
-    }
-    for name, optimizer in optimizers.items():
-        optimizer.param_groups[0]["lr"] = rates[name]
-    optimizers["matrix"].param_groups[0]["momentum"] = muon_momentum(step, cfg)
-    return rates
-
-
-def warm_up(
-    forward: Callable, model: nn.Module, loader: Loader, cfg: Config, rt: Runtime, log: Log
-) -> None:
-    """Run real steps of both depth plans, so that all is compiled before the clock, then undo them.
-
-    Nothing outlives it: the weights are put back, the optimizers are its own, the loader has no
-    state, and the random state is restored.
-    """
-    weights = copy.deepcopy(model.state_dict())
-    rows = cfg.train_batch_tokens // cfg.train_seq_len
-    plans = dict.fromkeys(depth_plan(cfg, looped=looped) for looped in (False, True))
-    with torch.random.fork_rng():
-        for plan in plans:
-            optimizers = make_optimizers(model, cfg, rt)
-            name = "loop_warmup_step" if plan.visits[cfg.num_layers :] else "warmup_step"
-            show = log.progress(name)
-            with contextlib.closing(loader.batches(rt, rows)) as batches:
-                for step in range(cfg.warmup_steps):
-                    set_schedule(optimizers, step, 0.0, cfg)
-                    train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
-                    show((step + 1) / cfg.warmup_steps)
-            model.load_state_dict(weights)
-            log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
-
-
-class StepLog:
-    """Writes the training lines: loss, time, throughput, and model-FLOP utilisation.
-
-    Attributes: curve, the losses that were logged; durations, seconds of each step by depth plan.
-    """
-
-    def __init__(self, model: GPT, cfg: Config, rt: Runtime, log: Log):
-        self.model, self.cfg, self.rt, self.log = model, cfg, rt, log
-        self.show, self.curve = log.progress("train"), []
-        self.durations, self.begun = collections.defaultdict(list), None
-
-    def begin(self, seconds: float, plan: DepthPlan) -> None:
-        """A step begins, or training ends, at this time on the training clock."""
-        if self.begun:
-            before, last_plan = self.begun
-            self.durations[last_plan].append(seconds - before)
-        self.begun = seconds, plan
-
-    def end(self, step: int, frac: float, loss: Tensor) -> None:
-        """The step was enqueued; `loss` is this rank's part of its mean loss."""
-        cfg, (seconds, plan) = self.cfg, self.begun
-        self.show(frac, f"step:{step}/{cfg.iterations}")
-        if step > 5 and step % cfg.train_log_every:
-            return
-        mean = loss.clone()
-        self.rt.sum_(mean)
-        self.curve.append(dict(step=step, train_loss=mean.item(), train_seconds=seconds))
-        line = f"{step}/{cfg.iterations} train_loss: {mean.item():.4f} "
-        line += f"train_time: {seconds / 60:.1f}m"
-        if step > 1:
-            line += f" tok/s: {(step - 1) * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}"
-        if recent := self.durations[plan][-cfg.train_log_every :]:
-            line += " " + self.utilisation(plan, max(float(np.median(recent)), 1e-9))
-        self.log.line(line)
-
-    def utilisation(self, plan: DepthPlan, step_seconds: float) -> str:
-        """Model-FLOP utilisation of a device, or its speed where its peak is not known."""
-        tokens = self.cfg.train_batch_tokens / self.rt.world_size
-        work = tokens * self.model.flops_per_token(plan, self.cfg.train_seq_len)
-        speed, peak = work / step_seconds, self.rt.peak_flops()
-        return f"mfu: {speed / peak:.3f}" if peak else f"tflops: {speed / 1e12:.3f}"
-
-    def close(self) -> None:
-        """Say how long a step took in each depth plan, and keep the facts."""
-        medians = {
-            f"{len(plan.visits)}_visits": round(1e3 * float(np.median(times)), 3)
-            for plan, times in self.durations.items()
-        }
-        self.log.line("step_ms " + " ".join(f"{key}:{value}" for key, value in medians.items()))
-        self.log.put(curve=self.curve, step_ms=medians)
-
-
-def train(
-    forward: Callable,
-    model: GPT,
-    loader: Loader,
-    validate: Callable[[DepthPlan, str], None],
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> Trained:
-    """Train the model in place and leave the average of its weights in it.
-
-    Args:
-        forward: the model, perhaps compiled.
-        validate: called every VAL_LOSS_EVERY steps with the plan and a line prefix; it opens a
-            phase of its own, so the clock of training stands still.
-    Raises: DivergenceError on all ranks once the loss of any is not finite.
-    """
-    plain, looped = (depth_plan(cfg, looped=on) for on in (False, True))
-    plan, step, watch, rates = plain, 0, LossWatch(), {}
-    optimizers, ema = make_optimizers(model, cfg, rt), Ema(model, cfg.ema_decay)
-    report = StepLog(model, cfg, rt, log)
-    batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
-    with contextlib.closing(batches), rt.budget.phase("train"):
-        while True:
-            seconds, bad = rt.agree_max(rt.budget.total(["train"]), watch.bad)
-            watch.check(bad, step - 1, rates)
-            frac = training_frac(step, seconds, cfg)
-            if frac >= 1:
-                report.begin(seconds, plan)
-                break
-            if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
-                validate(plan, f"{step}/{cfg.iterations}")
-            if plan != looped and frac >= cfg.enable_looping_at:
-                plan = looped
-                log.line(
-                    f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{plan.encoder} "
-                    f"decoder:{plan.decoder}"
-                )
-            report.begin(seconds, plan)
-            rates = set_schedule(optimizers, step, frac, cfg)
-            loss = train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
-            ema.update()
-            step += 1
-            watch.push(loss)
-            report.end(step, frac, loss)
-        watch.push(None)
-        watch.check(rt.agree_max(watch.bad)[0], step, rates)
-        ema.store()
-    report.close()
-    if step < cfg.iterations:
-        log.line(
-            f"stopping_early: wallclock_cap train_time: {seconds * 1e3:.0f}ms "
-            f"step: {step}/{cfg.iterations}"
-        )
-    return Trained(step, plan != plain)
-
-
-# ---------------------------------------------------------------------------------------------
-# 7  Quantization
-# GPTQ: round the columns of a matrix one after the other and let the later ones make up for the
-# error in the outputs. Hessians come from training text, inside the training budget.
-# ---------------------------------------------------------------------------------------------
-
-GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a row of zeros needs some scale
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A matrix as int8 codes (rows, cols) within `bits` and float16 scales (rows,)."""
-
-    codes: Tensor
-    scales: Tensor
-    bits: int
-
-    def dequantize(self) -> Tensor:
-        """(rows, cols) float32."""
-        return self.codes.float() * self.scales.float()[:, None]
-
-
-@torch.no_grad()
-def collect_hessians(
-    model: GPT, loader: Loader, first: int, plan: DepthPlan, cfg: Config, rt: Runtime, log: Log
-) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of each Linear: {module name: (inputs, inputs) float32}.
-
-    Args:
-        first: training window with which calibration begins; the ranks share the windows.
-        plan: a layer that it visits more than once adds up its visits.
-    The head's inputs are the outputs of the final norm: the Hessian of the tied embedding is taken
-    where it is read as a head. Ends early, on all ranks, if the training budget would be exceeded.
-    """
-    sums, rows = {}, {}
-
-    def tap(name: str, module: Linear) -> Any:
-        width = module.in_features
-        sums[name], rows[name] = torch.zeros(width, width, device=rt.device), 0
-
-        def hook(module: Linear, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].flatten(0, -2).float()
-            sums[name].addmm_(x.T, x)
-            rows[name] += len(x)
-
-        return module.register_forward_pre_hook(hook)
-
-    taps = [tap(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
-    per_batch = max(cfg.train_batch_tokens // cfg.train_seq_len // 8, 1)
-    most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
-    with contextlib.closing(loader.batches(rt, per_batch, first)) as batches:
-        done, show, limit = 0, log.progress("calibration"), cfg.max_wallclock_seconds or math.inf
-        while done < cfg.gptq_calibration_batches:
-            one_more = rt.budget.total(["calibration"]) / max(done, 1)
-            (ends,) = rt.agree_max(rt.budget.total(Budget.TRAINING) + one_more)
-            if done and ends > limit:
-                log.line(
-                    f"GPTQ:calibration stopped by the budget after {done} of "
-                    f"{cfg.gptq_calibration_batches} batches"
-                )
-                break
-            for micro in next(batches).split(most):
-                if len(micro):  # more ranks than windows
-                    model(micro[:, :-1], plan=plan)
-            rt.synchronize()
-            done += 1
-            show(done / cfg.gptq_calibration_batches)
-    for handle in taps:
-        handle.remove()
-    for name, total in sums.items():
-        count = torch.tensor(float(rows[name]), device=rt.device)
-        rt.sum_(total, count)
-        total.div_(count)
-    return sums
-
-
-def gptq_quantize(weight: Tensor, hessian: Tensor, *, bits: int, clip_sigmas: float) -> Quantized:
-    """Round a matrix to integers so that its *outputs*, not its entries, change least.
-
-    Args:
-        weight: (rows, cols) float. Not modified.
-        hessian: (cols, cols) float, mean of x x^T over calibration inputs x. Not modified.
-        bits: width of a code; codes lie in +-(2**(bits-1) - 1).
-        clip_sigmas: half the clipping range, in standard deviations of the row (SDClip).
-
-    Returns: codes and scales on the weight's device.
-    Raises: ValueError if the shapes disagree or bits is not in 2..8.
-    Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, columns by decreasing diagonal.
-    """
-    rows, cols = weight.shape
-    if hessian.shape != (cols, cols) or not 2 <= bits <= 8:
-        raise ValueError(
-            f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}, bits {bits}"
-        )
-    w, h, top = weight.float().clone(), hessian.float().clone(), 2 ** (bits - 1) - 1
-    scales = (clip_sigmas * w.std(dim=1) / top).clamp_min(SMALLEST_SCALE).half()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
-    order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    w, h = w[:, order], h[order][:, order]
-    h.diagonal().add_(GPTQ_DAMPING * h.diagonal().mean())
-    u = inverse_factor(h)
-    codes, step = torch.empty_like(w), scales.float()
-    for first in range(0, cols, GPTQ_BLOCK):
-        block = slice(first, min(first + GPTQ_BLOCK, cols))
-        errors = torch.empty_like(w[:, block])
-        for j in range(block.start, block.stop):
-            codes[:, j] = (w[:, j] / step).round().clamp(-top, top)
-            error = (w[:, j] - codes[:, j] * step) / u[j, j]
-            w[:, j : block.stop] -= torch.outer(error, u[j, j : block.stop])
-            errors[:, j - first] = error
-        w[:, block.stop :] -= errors @ u[block, block.stop :]
-    return Quantized(codes[:, torch.argsort(order)].to(torch.int8), scales, bits)
-
-
-def inverse_factor(h: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = H^-1, of a positive definite H, without forming H^-1.
-
-    With both axes flipped the lower Cholesky factor of H becomes an upper R with H = R R^T, so U =
-    R^-1.
-    """
-    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(
-        r, torch.eye(len(h), device=h.device, dtype=h.dtype), upper=True
-    )
-
-
-def quantize_model(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    cfg: Config,
-    log: Log,
-    coarser: float = 1.0,
-) -> dict[str, Quantized | Tensor]:
-    """Store every tensor as its rule says: GPTQ codes, or float16.
-
-    Args:
-        hessians: by module name (a tensor's name without ``.weight``).
-        coarser: multiplies every clipping range; entropy falls by log2 of it, bits per code.
-    """
-    stored, show = {}, log.progress("quantization")
-    for done, (name, weight) in enumerate(weights.items()):
-        rule = rule_of(name, tensor_rules(cfg))
-        if rule.bits:
-            stored[name] = gptq_quantize(
-                weight,
-                hessians[name.removesuffix(".weight")],
-                bits=rule.bits,
-                clip_sigmas=rule.clip_sigmas * coarser,
-            )
-        else:
-            stored[name] = weight.half()
-        show((done + 1) / len(weights))
-    return stored
-
-
-# ---------------------------------------------------------------------------------------------
-# 8  Artifact
-# Bytes on disk and back. A frame (magic, version, compressor, lengths, CRC of everything) holds one
-# compressed payload: a JSON header and raw streams. No pickle; equal weights give equal bytes; all
-# is checked before any of it is used.
-# ---------------------------------------------------------------------------------------------
-
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
-FRAME = struct.Struct("<4sBBQQI")  # magic, version, compressor, payload bytes, raw bytes, CRC-32
-LARGEST_RAW_BYTES = 1 << 32
-FLOAT_BYTES = {"float16": 2, "float32": 4}  # the kinds that are no codes, and their size
-COMPRESSORS = {
-    "none": ("zlib", "error"),
-    "brotli": ("brotli", "error"),  # module, its error class
-    "zstd": ("zstandard", "ZstdError"),
-    "lzma": ("lzma", "LZMAError"),
-}
-LZMA_FILTERS = [{"id": 0x21, "preset": 9 | 1 << 31, "lc": 0, "pb": 0}]  # LZMA2, extreme; byte codes
-
-
-def codec(compressor: str) -> Any:
-    """The module of a compressor. Raises ConfigError if its package is not installed."""
-    package = COMPRESSORS[compressor][0]
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"COMPRESSOR={compressor}: the package {package} does not import ({error}); "
-            "install requirements.txt or choose another compressor"
-        ) from error
-
-
-def compress(data: bytes, compressor: str) -> bytes:
-    """The strongest setting of each compressor; brotli 11 and zstd 22 as in the public systems."""
-    module = codec(compressor)
-    if compressor == "brotli":
-        return module.compress(data, quality=11, lgwin=24)
-    if compressor == "zstd":
-        return module.ZstdCompressor(level=22, write_content_size=False).compress(data)
-    if compressor == "lzma":
-        return module.compress(data, format=module.FORMAT_RAW, filters=LZMA_FILTERS)
-    return data
-
-
-def decompress(data: bytes, compressor: str, raw_bytes: int) -> bytes:
-    """Undo `compress`. Raises ArtifactError if the data is no such stream of `raw_bytes` bytes."""
-    module, raw = codec(compressor), data
-    try:
-        if compressor == "brotli":
-            raw = module.decompress(data)
-        elif compressor == "zstd":
-            raw = module.ZstdDecompressor().decompress(data, max_output_size=raw_bytes)
-        elif compressor == "lzma":
-            raw = module.LZMADecompressor(module.FORMAT_RAW, filters=LZMA_FILTERS).decompress(
-                data, raw_bytes
-            )
-    except getattr(module, COMPRESSORS[compressor][1]) as error:
-        raise ArtifactError(
-            f"artifact: {compressor} cannot read it ({error}); copy it again"
-        ) from error
-    if len(raw) != raw_bytes:
-        raise ArtifactError(
-            f"artifact: {len(raw):,} raw bytes, expected {raw_bytes:,}; copy it again"
-        )
-    return raw
-
-
-def planes(values: np.ndarray) -> bytes:
-    """Bytes of an array, all lowest bytes first, then all next ones: alike bytes lie together."""
-    return values.ravel().view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
-
-
-def unplanes(data: bytes, dtype: str) -> np.ndarray:
-    """Undo `planes`: a flat array."""
-    size = np.dtype(dtype).itemsize
-    return np.frombuffer(data, np.uint8).reshape(size, -1).T.copy().view(dtype).ravel()
-
-
-def tensor_kind(stored: Quantized | Tensor) -> str:
-    """How a tensor is stored: ``int6`` (codes and row scales), ``float16``, ``float32``."""
-    if isinstance(stored, Quantized):
-        return f"int{stored.bits}"
-    return str(stored.dtype).removeprefix("torch.")
-
-
-def pack(
-    tensors: Mapping[str, Quantized | Tensor], header: Mapping[str, Any], compressor: str
-) -> bytes:
-    """Tensors and facts to the bytes of an artifact; the same input gives the same bytes.
-
-    Args:
-        tensors: by name; `Quantized`, float16 or float32.
-        header: JSON values, among them the model settings; ``tensors`` is added.
-    The streams follow each other by what they hold (codes, then scales, then floats), so that the
-    compressor meets each statistic once.
-    """
-    table, codes, scales, floats = [], [], [], []
-    for name, stored in tensors.items():
-        quantized = isinstance(stored, Quantized)
-        shape = stored.codes.shape if quantized else stored.shape
-        table.append([name, tensor_kind(stored), list(shape)])
-        if quantized:
-            codes.append(stored.codes.cpu().numpy().tobytes())
-            scales.append(stored.scales.cpu().numpy().ravel())
-        else:
-            floats.append(planes(stored.cpu().numpy()))
-    text = json.dumps({**header, "tensors": table}, sort_keys=True, separators=(",", ":")).encode()
-    row_scales = planes(np.concatenate(scales)) if scales else b""
-    raw = b"".join([len(text).to_bytes(4, "little"), text, *codes, row_scales, *floats])
-    payload = compress(raw, compressor)
-    facts = (
-        ARTIFACT_MAGIC,
-        ARTIFACT_VERSION,
-        list(COMPRESSORS).index(compressor),
-        len(payload),
-        len(raw),
-    )
-    crc = zlib.crc32(payload, zlib.crc32(FRAME.pack(*facts, 0)))
-    return FRAME.pack(*facts, crc) + payload
-
-
-def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the float32 tensors of an artifact.
-
-    Raises: ArtifactError for anything but the bytes that `pack` made: every truncation, every
-    flipped bit, and a header that promises other streams than there are.
-    """
-    if len(blob) < FRAME.size or blob[:4] != ARTIFACT_MAGIC:
-        raise ArtifactError(
-            f"artifact: no artifact ({len(blob):,} bytes, begins with {blob[:4]!r}); "
-            "give the file that a run wrote"
-        )
-    *facts, crc = FRAME.unpack_from(blob)
-    _, version, compressor, payload_bytes, raw_bytes = facts
-    payload = blob[FRAME.size :]
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(
-            f"artifact: version {version}, expected {ARTIFACT_VERSION}; use the program "
-            "that wrote it"
-        )
-    if len(payload) != payload_bytes:
-        raise ArtifactError(
-            f"artifact: {len(payload):,} payload bytes, expected {payload_bytes:,}; copy it again"
-        )
-    if zlib.crc32(payload, zlib.crc32(FRAME.pack(*facts, 0))) != crc:
-        raise ArtifactError("artifact: the checksum does not match, it is damaged; copy it again")
-    if compressor >= len(COMPRESSORS) or raw_bytes > LARGEST_RAW_BYTES:
-        raise ArtifactError(f"artifact: compressor {compressor}, {raw_bytes:,} raw bytes: not ours")
-    raw = decompress(payload, list(COMPRESSORS)[compressor], raw_bytes)
-    try:
-        text_bytes = int.from_bytes(raw[:4], "little")
-        header = json.loads(raw[4 : 4 + text_bytes])
-        return header, read_tensors(header["tensors"], memoryview(raw)[4 + text_bytes :])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"artifact: the header does not describe the content ({error})"
-        ) from error
-
-
-def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[str, Tensor]:
-    """The float32 tensors of a table [name, kind, shape] from the streams that `pack` laid out.
-
-    Raises: ValueError unless table and streams agree to the last byte, codes lie in their range and
-    all values are finite; TypeError if the table is no table.
-    """
-    for name, kind, shape in table:
-        sizes_ok = all(type(size) is int and 0 <= size <= len(streams) for size in shape)
-        dims_ok = len(shape) == 2 if re.fullmatch("int[2-8]", kind) else kind in FLOAT_BYTES
-        if not (isinstance(name, str) and sizes_ok and dims_ok):
-            raise ValueError(f"tensor {name}: {kind} of shape {shape}")
-    coded = {name: int(kind[3:]) for name, kind, _ in table if kind.startswith("int")}
-    counts = {name: math.prod(shape) for name, _, shape in table}
-    heights = [shape[0] for name, _, shape in table if name in coded]
-    total = sum(counts[name] * FLOAT_BYTES.get(kind, 1) for name, kind, _ in table)
-    if len(counts) != len(table) or total + 2 * sum(heights) != len(streams):
-        raise ValueError("the table promises other lengths")
-    position = 0
-
-    def take(count: int) -> memoryview:
-        nonlocal position
-        position += count
-        return streams[position - count : position]
-
-    codes = {name: np.frombuffer(take(counts[name]), np.int8) for name in coded}
-    scales = unplanes(take(2 * sum(heights)), "<f2").astype(np.float32)
-    scales, out = np.split(scales, np.cumsum(heights)[:-1]), {}
-    for name, kind, shape in table:
-        if name in coded:
-            ints, row_scales = codes[name].reshape(shape), scales.pop(0)[:, None]
-            beyond = np.abs(ints.astype(np.int16)).max(initial=0) >= 2 ** (coded[name] - 1)
-            if beyond or not np.isfinite(row_scales).all():
-                raise ValueError(f"tensor {name}: codes beyond {kind} or scales without end")
-            values = ints * row_scales
-        else:
-            values = unplanes(take(counts[name] * FLOAT_BYTES[kind]), kind).astype(np.float32)
-            if not np.isfinite(values).all():
-                raise ValueError(f"tensor {name}: values that are not finite")
-        out[name] = torch.from_numpy(values.reshape(shape))
-    return out
-
-
-FIT_ATTEMPTS = 8
-
-
-def code_bytes() -> int:
-    """The literal size of the file that runs: it counts against MAX_TOTAL_BYTES."""
-    return Path(__file__).stat().st_size
-
-
-def fit_artifact(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> bytes:
-    """Quantize and pack, with wider clipping ranges until code and artifact fit MAX_TOTAL_BYTES.
-
-    A range wider by 2^e lowers the entropy of a code by about e bits, so the excess tells how much.
-    Raises: ArtifactError if it cannot be made to fit.
-    """
-    coarser, limit = 1.0, cfg.max_total_bytes - code_bytes()
-    for _ in range(FIT_ATTEMPTS):
-        with rt.budget.phase("quantization"):
-            tensors = quantize_model(weights, hessians, cfg, log, coarser)
-        with rt.budget.phase("compression"):
-            blob = pack(tensors, header, cfg.compressor)
-        if len(blob) <= limit:
-            log_storage(tensors, log)
-            return blob
-        codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
-        log.line(
-            f"artifact: {len(blob)} bytes, {len(blob) - limit} too many with clipping ranges x "
-            f"{coarser:.4f}; coarser"
-        )
-        coarser *= 2 ** min(0.002 + 1.05 * 8 * (len(blob) - limit) / codes, 1.0)
-    raise ArtifactError(
-        f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
-        f"{limit:,}; lower MATRIX_BITS or the size of the model"
-    )
-
-
-def log_storage(tensors: Mapping[str, Quantized | Tensor], log: Log) -> None:
-    """Say which tensors are stored how, one line per kind."""
-    kinds = collections.defaultdict(list)
-    for name, stored in tensors.items():
-        kinds[tensor_kind(stored)].append(re.sub(r"blocks\.\d+\.", "blocks.*.", name))
-    log.line("Quantized weights:")
-    for kind, names in sorted(kinds.items()):
-        log.line(f"  {kind}: {len(names)} tensors: {', '.join(dict.fromkeys(names))}")
-
-
-def load_model(
-    blob: bytes, cfg: Config, rt: Runtime, origin: str
-) -> tuple[GPT, Config, dict[str, Any]]:
-    """A fresh model from an artifact or checkpoint: (model, its configuration, header).
-
-    Raises: ArtifactError if the bytes or the tensors are not what they should be, ConfigError if
-    the environment asks for another model.
-    """
-    header, tensors = unpack(blob)
-    cfg = cfg.with_model(model_settings(header, origin), origin)
-    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    with torch.device("meta"):  # shapes alone: the tensors' sizes are known to be real, these not
-        expected = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        name, shape = sorted(found.items() ^ expected.items())[0]
-        raise ArtifactError(f"{origin}: tensor {name} {shape} does not belong to its model")
-    model = GPT(cfg, kernel, rt.compute_dtype)
-    model.load_state_dict(tensors)
-    return model.to(rt.device), cfg, header
-
-
-def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The model settings of a header, checked. Raises ArtifactError if they are not ours."""
-    settings = header.get("model")
-    ours = {setting.name: setting for setting in knobs() if setting.metadata["model"]}
-    try:
-        if set(settings) != set(ours) or type(header["looped"]) is not bool:
-            raise ValueError("other settings than this program's")
-        return {name: parse_value(ours[name], str(value)) for name, value in settings.items()}
-    except (TypeError, KeyError, ValueError) as error:
-        raise ArtifactError(
-            f"{origin}: its header describes no model of this program ({error}); use the program "
-            "that wrote it"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------
-# 9  Evaluation
-# A window is (start, first_scored, stop). Windows of one evaluation score every target exactly
-# once, in order. Test-time training may use a target only after the window that scores it.
-# ---------------------------------------------------------------------------------------------
-
-
-class Window(NamedTuple):
-    """Reads tokens start, start + 1, ... and scores targets first_scored .. stop - 1.
-
-    Target t is token t + 1, predicted from the tokens start .. t.
-    """
-
-    start: int
-    first_scored: int
-    stop: int
-
-
-def sliding_windows(total: int, seq_len: int, stride: int) -> Iterator[Window]:
-    """Windows whose scored parts partition `total` targets, in order.
-
-    The first scores all it reads; each later one starts `stride` further and scores its last
-    `stride` targets. stride = seq_len is the plain evaluation.
-    """
-    yield Window(0, 0, min(seq_len, total))
-    for start in range(stride, total - seq_len + stride, stride):
-        first = start + seq_len - stride
-        yield Window(start, first, min(first + stride, total))
-
-
-@dataclass(frozen=True)
-class Score:
-    """Summed losses in nats, and what they are spread over."""
-
-    nats: float
-    tokens: int
-    bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of the original text."""
-        return self.nats / math.log(2) / self.bytes
-
-
-class Ledger:
-    """What was scored when: every target once, in order, and no text used before its score.
-
-    Attributes: nats, (total,) float32 losses by target; scored, how many are final; used, the
-    ranges of targets that an adaptation read.
-    """
-
-    def __init__(self, total: int):
-        self.nats, self.scored, self.used = torch.zeros(total), 0, []
-
-    def record(self, first: int, nats: Tensor) -> None:
-        """Enter the losses of targets first, first + 1, ..."""
-        if first != self.scored:
-            raise RuntimeError(f"target {first} scored, expected target {self.scored}")
-        self.nats[first : first + len(nats)] = nats.cpu()
-        self.scored += len(nats)
-
-    def use(self, first: int, stop: int) -> None:
-        """Note that an adaptation reads targets first .. stop - 1."""
-        if stop > self.scored:
-            raise RuntimeError(f"target {stop - 1} used, but only {self.scored} are scored")
-        self.used.append((first, stop))
-
-    def score(self, target_bytes: np.ndarray) -> Score:
-        """The sums over all targets, in one fixed order for any number of ranks."""
-        if self.scored != len(self.nats):
-            raise RuntimeError(f"{self.scored} of {len(self.nats)} targets are scored")
-        nats = float(self.nats.double().sum())
-        return Score(nats, self.scored, int(target_bytes.sum(dtype=np.int64)))
-
-    def digest(self) -> str:
-        """SHA-256 of all losses in order."""
-        return hashlib.sha256(self.nats.numpy().tobytes()).hexdigest()
-
-
-@torch.no_grad()
-def score_windows(
-    forward: Callable,
-    text: np.ndarray,
-    windows: Sequence[Window],
-    rows: int,
-    cfg: Config,
-    rt: Runtime,
-) -> Tensor:
-    """Losses of all targets that consecutive windows score, (n,) float32, the same on every rank.
-
-    Args:
-        text: (total + 1,) tokens.
-        rows: sliding windows per forward (those that score all they read: as many as fit); the last
-            forward is filled up, so that all shapes are equal.
-    Windows are shared out in contiguous parts; only the final sum is a collective.
-    """
-    length, origin = cfg.eval_seq_len, windows[0].first_scored
-    nats = torch.zeros(windows[-1].stop - origin, device=rt.device)
-    for whole, same in itertools.groupby(windows, key=lambda w: w.first_scored == w.start):
-        same = list(same)
-        tail = same[0].start + length - same[0].first_scored
-        size = cfg.micro_batch_tokens // length if whole else rows
-        mine = same[rt.share(len(same))]
-        for batch in (mine[i : i + size] for i in range(0, len(mine), size)):
-            starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
-            places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
-            ids = rt.to_device(text[places])
-            losses = forward(*inputs_and_targets(ids), reduction="none", tail=tail)
-            first, stop = batch[0].first_scored - origin, batch[-1].stop - origin
-            nats[first:stop] = losses.flatten()[: stop - first]
-    rt.sum_(nats)
-    return nats
-
-
-def evaluate(
-    forward: Callable,
-    val: ValidationTokens,
-    cfg: Config,
-    rt: Runtime,
-    *,
-    stride: int,
-    show: Callable[..., None],
-    after_chunk: Callable[[np.ndarray, int, int], None] | None = None,
-) -> tuple[Score, Ledger]:
-    """Score the validation text from left to right.
-
-    Args:
-        forward: the model, its depth plan bound.
-        stride: targets per window; EVAL_SEQ_LEN for the plain evaluation.
-        show: progress, called with the part done.
-        after_chunk: called with (tokens of a chunk, its number, number of chunks) once all targets
-            of the chunk are scored; it may change the model. Not called after the last chunk.
-    """
-    total, length = len(val.target_bytes), cfg.eval_seq_len
-    most = cfg.micro_batch_tokens // length
-    chunk = cfg.ttt_chunk_tokens if after_chunk else 16 * most * rt.world_size * stride
-    chunks = -(-total // chunk)
-    per_rank = -(-chunk // stride // rt.world_size)
-    rows = -(-per_rank // -(-per_rank // most))  # equal forwards, none larger than `most`
-    ledger = Ledger(total)
-    windows = sliding_windows(total, length, stride)
-    for number, group in itertools.groupby(windows, key=lambda w: w.first_scored // chunk):
-        group = list(group)
-        nats = score_windows(forward, val.tokens, group, rows, cfg, rt)
-        ledger.record(group[0].first_scored, nats)
-        show(ledger.scored / total)
-        if after_chunk and number < chunks - 1:
-            first, stop = number * chunk, (number + 1) * chunk
-            ledger.use(first, stop)
-            after_chunk(val.tokens[first : stop + 1], number, chunks)
-    return ledger.score(val.target_bytes), ledger
-
-
-def adapt(
-    forward: Callable,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    text: np.ndarray,
-    cfg: Config,
-    rt: Runtime,
-) -> None:
-    """TTT_EPOCHS steps on scored text (n + 1,), each on all its whole sequences; changes the model.
-
-    The ranks share the sequences; a rank without any still takes part in the sum.
-    """
-    length = cfg.eval_seq_len
-    count = (len(text) - 1) // length
-    places = np.arange(count)[:, None] * length + np.arange(length + 1)
-    mine = rt.to_device(text[places[rt.share(count)]])
-    for _ in range(cfg.ttt_epochs):
-        for micro in mine.split(cfg.micro_batch_tokens // length):
-            if len(micro):
-                loss = forward(*inputs_and_targets(micro)) * (len(micro) / count)
-                loss.backward()
-        apply_gradients(model, [optimizer], cfg.ttt_grad_clip, rt)
-
-
-class TestTimeTraining:
-    """`after_chunk` of system #1493: SGD with momentum on all parameters, cosine over the chunks.
-
-    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS; then it only
-    watches. `forward` is the model, its depth plan bound.
-    """
-
-    def __init__(self, forward: Callable, model: nn.Module, cfg: Config, rt: Runtime, log: Log):
-        self.forward, self.model, self.cfg, self.rt, self.log = forward, model, cfg, rt, log
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=cfg.ttt_lr, momentum=cfg.ttt_momentum
-        )
-        self.adapted, self.stopped, self.since = 0, False, time.perf_counter()
-        self.scoring, self.adapting = [], []  # seconds of each chunk
-
-    def __call__(self, text: np.ndarray, number: int, chunks: int) -> None:
-        self.scoring.append(time.perf_counter() - self.since)
-        self.stopped = self.stopped or self.out_of_time(chunks - number - 1)
-        if not self.stopped:
-            lr = 0.5 * self.cfg.ttt_lr * (1 + math.cos(math.pi * number / (chunks - 1)))
-            self.optimizer.param_groups[0]["lr"] = lr
-            begin = time.perf_counter()
-            adapt(self.forward, self.model, self.optimizer, text, self.cfg, self.rt)
-            self.rt.synchronize()
-            self.adapted += 1
-            self.adapting.append(time.perf_counter() - begin)
-        self.since = time.perf_counter()
-
-    def out_of_time(self, chunks_left: int) -> bool:
-        """Whether one more adaptation would take the time that scoring the rest needs."""
-        if len(self.adapting) < 2 or not self.cfg.eval_wallclock_seconds:
-            return False  # the first chunks include compilation, they tell nothing
-        needed = float(np.median(self.scoring[1:])) * chunks_left + float(
-            np.median(self.adapting[1:])
-        )
-        (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
-        if ends > self.cfg.eval_wallclock_seconds:
-            self.log.line(
-                f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
-                f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
-            )
-        return ends > self.cfg.eval_wallclock_seconds
-
-
-BASELINE_MAX_BYTES = 4_000_000  # xz and brotli need seconds per megabyte
-
-
-def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> dict[str, float]:
-    """Bits per byte of general compressors on the scored text; empty if it is large."""
-    if val.target_bytes.sum(dtype=np.int64) > BASELINE_MAX_BYTES:
-        return {}
-    text = b"".join(decode_documents(val.tokens, tokenizer, bos))
-    xz = codec("lzma")
-    sizes = {"xz-9e": len(xz.compress(text, preset=9 | xz.PRESET_EXTREME))}
-    with contextlib.suppress(ConfigError):  # brotli is optional
-        sizes["brotli-11"] = len(compress(text, "brotli"))
-    return {name: 8 * size / len(text) for name, size in sizes.items()}
-
-
-def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[bytes]:
-    """The documents of a token stream, as UTF-8; CaseOps marks are left in."""
-    starts = np.flatnonzero(tokens == bos)
-    parts = (part[part != bos] for part in np.split(tokens, starts[starts > 0]))
-    if tokenizer.suffix == ".json":
-        yield from ((part - BYTE_OFFSET).astype(np.uint8).tobytes() for part in parts)
-        return
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    yield from (model.decode(part.tolist()).encode() for part in parts)
-
-
-# ---------------------------------------------------------------------------------------------
-# 10  Main
-# Data, train, quantize, pack; then read the artifact back from disk and score it.
-# ---------------------------------------------------------------------------------------------
-
-
-def run(cfg: Config, rt: Runtime, log: Log) -> None:
-    """The whole program for one configuration."""
-    announce(cfg, rt, log)
-    origin = cfg.artifact or cfg.checkpoint
-    if origin:  # the model decides which data and tokenizer belong to it
-        with rt.budget.phase("decompression" if cfg.artifact else "data"):
-            blob = read_file(origin, rt)
-        with rt.together():
-            cfg = cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
-    with rt.together(), rt.budget.phase("data"):
-        codec(cfg.compressor)
-        select_attention(cfg.attention, rt.device, rt.compute_dtype)
-        table = ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
-        shards = find_shards(cfg.dataset_dir, "val")
-        val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
-        trains = not cfg.artifact
-        proof = data_proof(cfg.dataset_dir, cfg.tokenizer_file, trains=trains) if rt.is_main else {}
-    announce_text(val, table, proof, cfg, rt, log)
-    steps = 0 if cfg.artifact else produce(table, val, cfg, rt, log)
-    path = Path(cfg.artifact) if cfg.artifact else log.path("bin")
-    score = score_artifact(path, table, val, cfg, rt, log)
-    conclude(score, path, steps, cfg, rt, log)
-
-
-def announce(cfg: Config, rt: Runtime, log: Log) -> None:
-    """The first lines and facts: what a stranger needs to repeat the run."""
-    source = Path(__file__).read_bytes()
-    facts, digest = rt.describe(), hashlib.sha256(source).hexdigest()
-    if "smoke" in cfg.sources.values():
-        log.line(
-            "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
-        )
-    for warning in cfg.warnings:
-        log.line(f"warning: {warning}")
-    log.line(f"code_bytes: {len(source)} code_sha256: {digest}")
-    log.line("runtime: " + " ".join(f"{key}={value}" for key, value in facts.items()))
-    log.line("Hyperparameters:")
-    settings = {s.name: getattr(cfg, s.name) for s in knobs()}
-    for name in sorted(settings):
-        log.line(f"  {name}: {settings[name]}")
-    log.put(
-        run_id=log.run_id,
-        started=datetime.datetime.now().astimezone().isoformat(),
-        runtime=facts,
-        code=dict(bytes=len(source), sha256=digest),
-        config={n: dict(value=v, source=cfg.sources[n]) for n, v in settings.items()},
-    )
-
-
-def announce_text(
-    val: ValidationTokens, table: ByteTable, proof: dict, cfg: Config, rt: Runtime, log: Log
-) -> None:
-    """What is scored, and what general compressors make of it."""
-    facts = dict(
-        val_tokens=len(val.target_bytes),
-        val_bytes=int(val.target_bytes.sum(dtype=np.int64)),
-        dropped_tail=val.dropped,
-        tokenizer_sha256=table.digest,
-        **proof,
-    )
-    log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
-    if rt.is_main and not proof["data_verified"]:
-        log.line(
-            f"warning: {cfg.dataset_dir} has no proof of clean data; check it once with "
-            f"python data/verify_dataset.py {cfg.dataset_dir} --tokenizer {cfg.tokenizer_file}"
-        )
-    with rt.budget.phase("baseline"):
-        plain = rt.is_main and not table.has_marks  # a transformed text is not what is charged
-        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if plain else {}
-    for name, bpb in baselines.items():
-        log.line(f"baseline {name} val_bpb:{bpb:.4f}")
-    log.put(data=facts, baselines=baselines)
-
-
-def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log) -> int:
-    """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained."""
-    with rt.together(), rt.budget.phase("data"):
-        loader = Loader(
-            find_shards(cfg.dataset_dir, "train"),
-            seq_len=cfg.train_seq_len,
-            vocab_size=cfg.vocab_size,
-            seed=cfg.seed,
-        )
-    log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
-    if cfg.checkpoint:
-        blob = read_file(cfg.checkpoint, rt)
-        with rt.together():
-            model, cfg, header = load_model(blob, cfg, rt, cfg.checkpoint)
-        forward, trained = rt.compile(model), Trained(0, header["looped"])
-    else:
-        model, forward, trained = train_model(loader, val, cfg, rt, log)
-    plan = depth_plan(cfg, looped=trained.looped)
-    plain = functools.partial(plain_score, forward, plan, val, cfg, rt)
-    stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
-    with rt.budget.phase("calibration"):
-        first = trained.steps * (cfg.train_batch_tokens // cfg.train_seq_len)
-        hessians = collect_hessians(model, loader, first, plan, cfg, rt, log)
-    seconds = rt.budget.total(["calibration"])
-    log.line(f"GPTQ:collected {len(hessians)} Hessians in {seconds:.1f}s")
-    with rt.together():
-        if rt.is_main:
-            write_artifact(model, hessians, trained, table, cfg, rt, log)
-    return trained.steps
-
-
-def plain_score(
-    forward: Callable,
-    plan: DepthPlan,
-    val: ValidationTokens,
-    cfg: Config,
-    rt: Runtime,
-    show: Callable[..., None],
-) -> tuple[Score, Ledger]:
-    """Every target once, in windows side by side."""
-    bound = functools.partial(forward, plan=plan)
-    return evaluate(bound, val, cfg, rt, stride=cfg.eval_seq_len, show=show)
-
-
-def train_model(
-    loader: Loader, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
-) -> tuple[GPT, Callable, Trained]:
-    """A model trained from scratch: (model, its forward, perhaps compiled, and its training)."""
-    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype)
-    model.init_weights(cfg.seed)
-    forward = rt.compile(model.to(rt.device))
-    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
-
-    def validate(plan: DepthPlan, prefix: str) -> None:
-        with rt.budget.phase("diagnostic"):
-            score, _ = plain_score(forward, plan, val, cfg, rt, log.progress("validation"))
-        log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
-
-    with rt.budget.phase("warm-up"):
-        warm_up(forward, model, loader, cfg, rt, log)
-    trained = train(forward, model, loader, validate, cfg, rt, log)
-    if rt.device.type == "cuda":
-        used, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        log.line(f"peak memory allocated: {used >> 20} MiB reserved: {kept >> 20} MiB")
-        log.put(peak_memory_bytes=used)
-    return model, forward, trained
-
-
-def write_artifact(
-    model: GPT,
-    hessians: Mapping[str, Tensor],
-    trained: Trained,
-    table: ByteTable,
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> None:
-    """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
-    header = dict(model=cfg.model_settings(), looped=trained.looped, tokenizer_sha256=table.digest)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if cfg.save_checkpoint:
-        atomic_write(log.path("ckpt"), pack(weights, header, "none"))
-    blob = fit_artifact(weights, hessians, header, cfg, rt, log)
-    atomic_write(log.path("bin"), blob)
-    log.line(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
-    log.line(f"Code size: {code_bytes()} bytes")
-    total = len(blob) + code_bytes()
-    log.line(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
-
-
-def read_file(path: str | Path, rt: Runtime) -> bytes:
-    """The bytes of an artifact or checkpoint that rank 0 can read, on every rank.
-
-    Raises: ArtifactError on all ranks if it cannot be read.
-    """
-    blob = b""
-    with rt.together():
-        try:
-            if rt.is_main:
-                blob = Path(path).read_bytes()
-        except OSError as error:
-            raise ArtifactError(
-                f"{path}: {error.strerror}; give the file that a run wrote"
-            ) from error
-    return rt.from_main(blob)
-
-
-def stage(
-    name: str,
-    phase: str,
-    rt: Runtime,
-    log: Log,
-    score: Callable[[Callable[..., None]], tuple[Score, Ledger]],
-) -> Score:
-    """Time an evaluation and report it: the line users look for, and facts in the JSON."""
-    before = rt.budget.total([phase])
-    with rt.budget.phase(phase):
-        result, ledger = score(log.progress(name))
-    seconds = rt.budget.total([phase]) - before
-    log.line(
-        f"{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
-        f"eval_time:{seconds * 1e3:.0f}ms"
-    )
-    facts = dict(val_loss=result.loss, val_bpb=result.bpb, **dataclasses.asdict(result))
-    facts["losses_sha256"] = ledger.digest()
-    log.put(stages={**log.record.get("stages", {}), name: facts})
-    return result
-
-
-def score_artifact(
-    path: Path, table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
-) -> Score:
-    """Read the artifact back from disk and score it; returns the last, strongest score."""
-    with rt.budget.phase("decompression"):
-        blob = read_file(path, rt)
-    with rt.together(), rt.budget.phase("decompression"):
-        model, cfg, header = load_model(blob, cfg, rt, str(path))
-        if header.get("tokenizer_sha256") != table.digest:
-            raise ArtifactError(
-                f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
-                f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
-            )
-    forward, plan = rt.compile(model), depth_plan(cfg, looped=header["looped"])
-    name, _, why = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
-    bound = functools.partial(forward, plan=plan)
-
-    def scored(label: str, after_chunk: Callable | None = None) -> Score:
-        return stage(
-            label,
-            label,
-            rt,
-            log,
-            lambda show: evaluate(
-                bound, val, cfg, rt, stride=cfg.eval_stride, show=show, after_chunk=after_chunk
-            ),
-        )
-
-    score = stage(
-        "quantized",
-        "quantized",
-        rt,
-        log,
-        functools.partial(plain_score, forward, plan, val, cfg, rt),
-    )
-    if cfg.sliding_window_enabled:
-        score = scored("quantized_sliding_window")
-    if cfg.ttt_enabled:
-        ttt = TestTimeTraining(bound, model, cfg, rt, log)
-        score = scored("quantized_ttt", ttt)
-        log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
-    return score
-
-
-def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log: Log) -> None:
-    """The budget and the `result` line."""
-    report = rt.budget.report(cfg)
-    phases = report["phases"].items()
-    log.line("budget " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in phases))
-    for name in ("training", "evaluation"):
-        part = report[name]
-        limit = f"{part['limit']:g}s" if part["limit"] else "none"
-        verdict = "within" if part["within"] else "OVER"
-        log.line(f"budget {name}: {part['seconds']:.1f}s limit: {limit} {verdict}")
-    sizes = dict(artifact_bytes=path.stat().st_size if rt.is_main else 0, code_bytes=code_bytes())
-    result = dict(
-        val_bpb=round(score.bpb, 8),
-        **sizes,
-        total_bytes=sum(sizes.values()),
-        train_seconds=round(report["training"]["seconds"], 1),
-        eval_seconds=round(report["evaluation"]["seconds"], 1),
-        steps=steps,
-        seed=cfg.seed,
-    )
-    log.put(budget=report, result=result)
-    log.line("result " + " ".join(f"{key}={value}" for key, value in result.items()))
-
-
-def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run with these arguments and environment variables; returns the exit status."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(help_text())
-        return 0
-    try:
-        if argv:
-            raise ConfigError(
-                f"{argv[0]}: expected no arguments, settings are environment variables; see --help"
-            )
-        cfg = Config.from_env(env, cuda=torch.cuda.is_available())
-        with Runtime(cfg, env) as rt:
-            name = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
-            name = rt.from_main(name)
-            with rt.together():
-                log = Log(cfg.log_dir, name, enabled=rt.is_main)
-            with log:
-                run(cfg, rt, log)
-    except UserError as error:
-        rank = env.get("RANK", "0")
-        if rank == "0" or not error.on_all_ranks:
-            who = "" if rank == "0" else f"rank {rank}: "
-            print(f"{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    status = main(sys.argv[1:], os.environ)
-    if status:  # other ranks may be waiting for this one: leave without waiting for them
-        sys.stderr.flush()
-        os._exit(status)
+# -*- coding: latin-1 -*-
+# Packed by records/pack.py from the readable source beside this file, sha256 727c31d0f1861d64
+def unpacked():
+ import sys,zlib
+ head,*data=open(__file__,"rb").read().split(b"\n#:")
+ if zlib.crc32(b"".join(data))!=2332223006:
+  print(__file__+": damaged, it must be copied or packed again",file=sys.stderr)
+  sys.exit(2)
+ n,codec=0,{}
+ for c in data[0]:n=n*253+c-1-(c>10)-(c>13)
+ text=zlib.decompress(n.to_bytes(1966,"big")).decode()
+ exec(text,codec)
+ return codec["program"](globals(),head.decode()+"\n#:\n",data[1],text)
+exec(unpacked())
+#:XrÂÈ-¦ÖDk/ºµƒË·,%Ò¬D	J8^×ú®ŞÊßjÖw!Bë'#nÿ<'wŠ0‘dô`êxôwÑÄ¤…xJ”i©˜^ƒV4µ×âšOkhßÍ®L¤p^ì–[¥Ûf¿öÆŞ›^âğ\¡BøpÿÏU&¥Ô[­¶ÃŞVú^¡Cˆñ$°a…ãNT×æ³Ar8§;ˆ¶¨“ßïºåNá!ÿÃ®eßrhy¼}Ç(±¹ˆi—ÍÔÕ†ø´ƒŸQŞÛIşòù,?–%‹fó0ä?˜íÔe/´W*	şÄøÜ¡N?a'‹åwH™;€‹ŸŸóI)G÷†kÄ˜	0ÊdN¬u"`şRĞ#ŒLı²®« AømğŞaBeÆ`5áaFKüµt(³ FeD#sBÅÄ6B"–fâŸ6_Œ¡MsY¨dF¸tÉD‹u×KmV)‘¡9“ˆØŞ"BÆ‹¬³,m®h%fn¸•xÅWêÑ›ÁpÍR4¾ï¶4-_…·gÎÌ<	Ñ®æPìj\xÅTŸIÜÁ„`ëá@ñï?c¸Ó‹o§arÃÕ;-;ŸõÓxÕPŠÈ,#,úá±³yy—(êì»ğuq­?È²¾€únU˜¯» _:|ı;®²‘©„­ü•É¦SõÊ3ªÄ‚@»p$Í*Û)$Û¡¡yùÂ|Ó¼ô´‹ˆ58ù?s^å¹ªhàÒª6ìÃ¹²#äLTExÌ³Z3TZú}Ù_`Rª²=‡êÔ®ö<«±_©€~Éb›'gš/BTKåt"¨ÿ¯níÑLã«Åwø–Y+óS9nËuNî)W]Ô}DÆ?Ğ\u&_'?®_‹Ë¶kä'`ªgØ¯;Ã"ƒ…ÉÛiÌ¾)á€twıTé$2ÆH"Ø«•=Ö–3xUÖ#‘âGÛ•=ÙiøGúŠÙµÇJx*•oO¬<û­Ä¿r°5e±a•¹^~ˆU'Ü…‰‰MJŞu9¿ñ#òÊ,ÙÃz7½îµŠjOgrGD¬nÂÚî¼Õ@#Ê@xé5*bÅÕ§ƒ&#9‚¤ßQ'Ä›}ï^•5-¶œcLK}$­ ,ä÷o÷ÃÛûŸšÊ¤K°0r¿dş7;dÜ™gKïÆ|f'ÎÅ9Ô„©¯&¦¢ÒËÜÆ³×:É\,şËğV£J³BÿÓqfhNŸâğ9m`LYœªUÏ½ X4+AŸ%‘ÀQmm[h~Â%L]$¶¤ñx}ñŞ¤ñ×A;uü¸B6$~¿ÜëŠ6ÑH¯ÑN´©±A|É›&Aç¢—½´[bá\áTÑ“£¸˜UiºMØ–n™M5Üìo}'Œw„O’ú†…-İ¹2Ym›Zí±ÇŸ;8¡[ªõ#–Ö@Ú!&?ë‚6vkş¦*D¨±p‚×™h8_(¢ŠEƒViŸ@îigGİÜ¦o¥më°Z$U¦¼sÒ.HïE¼L$IVóÀqõ*‘ow&AĞ–±[ÂFñÉñbb±{J Y«®©/“‡éCºòD¢®É¬ÍÜ"‡4Í÷¬tâ¼şå=.Ö›ÌX[½3eJèç@ğœj1U»çeäjè¸Õò@Œ•yÒ×æ…ıjü•=ÜÈ˜G]AIoœ±jàF¬óÍ–qbÀv[©[w=ÆSheG&[œPVéJvìÉË#lü­n~<F8a×PËgABb‰ä^UG¯ÈÌ¼ÒsÕªV3%d/]6¢êö›§4S†ÂK|ÆEzåÆpGR¶İ¼˜³qÆã@-½A>İÏ‰mMW¨À?û/uÀ[qq³4ZµĞh€û¬(3^ëf?ä€ğdDwXşDl†P-ÕúˆhqVÆG…pìX·€›¶Ğm“WVØº\ÉŞX¿|ğê·+ôhÀ¤ı¦ñ4l!ôä%:á\Ÿâ²ˆ‡ùøŞ<(¤®2ôàİZù9ã…Ş$Ç²˜”»âÑ†/S¹¼;	b†¶ìK/ååCı)†Œ¢‹XX…šAYkŞÏãÛƒ„œ Î[AûqS&:“fƒR4ÔßƒV©…s%ÕünÏ¦r¬µÄÆê°Ê÷>Y{I9Rc’*?2³í¸ztY}àã¨¬g¬Ş¡ G;·cw‡&Q_qd…ò	ı¤\cmäy¿‰2A*=¡XÆœKú½]Æ’#‚aé6Xë>\leVs±dÍ&ÎÓéZG2ØLGB!¥{ršZ¸0wùØR7IGíÎTY³E+¡+èo–&_Eş™Õcbc¬·?°§]Â&Vò}Ğ ¦E¨¥ò6K	¿ëËV	È	.¾ªr •ÓÏq¬ÆøçzßW*–c~îú‚í6¤û«ˆ§7IƒñÙUHoætçwŒèò}#Ùxh?ŠÇA&;p4, |Sç­ÁA‡q	œóxÃ£Ùë.xçñò„·­ÀVg7Ñ‚‹ÌS›Õ”‚YXà9ÍÇ¸šĞÖÙ%êf?½’‘#{_/6Íš¤Ï†XN—il´Ò%Ä= (|o;¼[ŞçgJzæÎ1ØŞÍî@èzi÷¨À:ÔS:µ]oßGØõRç’¿IºŠZ©#4+¬Ì1
+#:ã”ûù¯Õ3ug0N*>0ŸNjÊªøQU"TõOyI8«ˆ˜-úc»¯:j“AWz.8b=.ó¤é3X– -ë¥0âkØğ¢õ\¸œûf|0—gš¤i|ş9Ôà~rq c‡ä»CÊµ4[ÖÇ¢Hú'¿A´F9%æ²åºyaıÏÉó>%ûÅÂ²¬¯RÑéèÿ¹`,äQ·7ÔÛJÑúšgCûÀ3Æš¢¥d¼š‘[ÄJõà$Yıˆ²Ëò»]îPh”d(j§F)¢+f3`qıvò/­§@êÑ3	½(5Ô„Ûü¶¸ù7‹%tƒmC¸ÇW0ß²Çñ”WFyÓé7ôÈ[/dØ™OŞMAlë}Ü¡8âÄ¤±šİ È˜ñ%ïæFQQì`«c’‘šKõ\¨çÔ`Ğ¾qıå‡rQŸHÌ “·ËN”OrÄğZ	SüzÜ¾šwŞ1™ªSĞ%Õfƒÿ*îœl¸$Œci„H…>ÿ§G|	lÂêµ´áò¯'î-Álğÿøy¾ÆM7€Â'>^	'ß‰RÆ«hGOmÉgÄŞËS#..‹ê¼†‹›´y×aüÑòó.‚ğYï—Òª¿ÍëoÚÂc àİ,Ÿ+4İìª‚³~Ûa‡J­NQ2˜J‰âÒ´\’àÆ³ ¢–/Ëz¶ä€wWİ©X°¤6!bNR¥.·wá+”ïÚqÖ-Üwt›M—µù{$É„ïİPGÇĞU²$„€eèÎ!¾9¾A‹üıÏ2ú%.ğæ]‰Û=œ–»µ£ŞX¿Œ%–,Ş±§‘à$,6ŞùşÒ›SË”nà·ğzÃ`Äáeâë•ÔˆP©ñ`EIŸb‚­ +woÿÔÈÒX=Ûqí·gŸ&Šo^˜%Ÿi»…Æ%‹7/usA²„r"ís›âíÜ”‚¡41B­¥âÂ/¬/7f|tx1NTk>¥EÖî{‹Î1lAÊè.Q[dÀë°¹ş¥·´nİÿ6ˆ _&¦å6/Ô|;Ò‘sŸ…¼‚AÔìärb‹"Xh*ï»ì  ½LfÅ(	é%Kï¤tW§´W¤ÕsòQiQİÚ=-LcìÏM8J¤2l€lûòDõïˆğï¤ßTÆBœÚ€i¹PçÊm‹jo¶“iÛ)äŠâÈØ½Si52CB(áö´µÊH9ØîëÍrñßÂñ‚íqR9AÒ²x`_^÷it%üjÙÒwÀrâ:¤»iM]hòßƒöWØ#ûP¶¹ò™z1ÀAG<WÖÎ"ÓŒIûU^;-4ÕI©Şû¯®»¦bã?úúäsYİéšf&ëØ¹je—~s˜›vùıê¸¶ól8­i†ïr î[£Éd8ªÉŸˆ]GÓfñì.„C?kY/È&:lùC{VÂ÷"-z¶ØcĞ.û€}7LW+‰..z«@ÕNé=†›Â–©ØÇïáÂ˜9ôsxŒdƒ Q-ò“xf|L5š÷ôæûßMYç(^Âi£¥ƒúÀñ–»7¸ïuP<p†ßÎ¨­y.è^•ùkfkåé¯™~s¬a¯ô)ô)ùxË†8çÄÙ*ûı|û¾ˆE]Ãá,WdrWN_8}	3,¡ÛÔ3`ŠxÊÿaB1«µ†KM@õR%Ï”êZ™Õ“nßÜë¬5­¥¯ké¤M6Ÿ°ı!0~ãnyŸÜÌzÑ™KV›Ëõ÷I”)§¨d½ÛÏ×¨{›1ÃñÜıÍª	Ô¨y¾èÛc,9ºé_ùë^»"cB/»²¤Ù¯KUÆ†¿æEŸú|·ˆ?KÔ Œ;nÏä‹#Zïıb0SÃ³ÕLf&ş¿‚òßXw¨ Z[`=ø$jêIµG{w3¢‰‡|©c¦gûAÑ:‹™Çã ‰ÂO…HyÌ>øP•Ù_»£lyÈÕ*Ï¥G"_9!×[qæ»V-îU´ºˆ$Dö–Ú°!ÀhFÁXÑ‘ß:ˆs=Éª„%}vÍWEë2®I*4>+&¸—ˆï»±H„¹··ŞÖ’dÆòø²Ä0¿¿óóÖ{ş`ÍQÔ‘X?#àv¹šƒL_f&!ÇÒïéÎ1Q€àø¶0Š!/Ÿ4ög/*Ä¯ôœ]z:IQá«×§=C¹w°a4kwÙÿˆ<³®­õP _‹C­³É¹O÷aßk’ïsâAßø»!1;`Ë•#ü‚Œ$àÈX;X]Wé§«Ã¿ƒ¹£3dÈ!q'Ç>˜pLrõ¾•|w³‹¤ŸùñLàë$âp¿¿õc©¼ß…¾7°Ä¶S«q´ŸÍëØı ¿$¸Æ´E‡„0„ÔòØ*«é =öÂë_œ—†_Ö§¼F ÅW‹¯ÈH#z²®X:&èDë2/ÉköÜ£p/_1º/ŒWùŸzEé¬×9?wï?ñ)S’Ò'K·ÅxUd{Üvé¨Ùü1”n°°ÁñJ•¾ì&h¯ùÔcpã@r½÷úp¯E#ÃÈ¾ªr{é8if7¾#Tğõ;•z’µ„ãŒÑgÅ‘Çñ±UÎ[O]sŞˆğ°^æuNz—„22Ïäaçc¬ÁÖ¿NSQŠ6¨„ ×B9'Æ¥!¯‡Æ	N3£ídôoÜº”£¨#³'#ä@]I-¹ª;°²GG¸V=q<àxÚe‡®‹·B–Ïãş§ĞÛŞq£nØ‘÷oVE%ôF„âvºîò#c[àôïÕI÷ãfFğgy?B3Yƒ;«°š©3¬¯Ö½}¿äCşv!æ¾³œ"Á~¡XÃ{ÎŒşj€_ˆeYïow-û¥]Ş½«$ú~rõ´ü8JÛä‚¶åÓ34§\’	jÉÉ¾‹³í§ß©^nØ3nÜÓıdNt`uE«‰¤ÚĞÎİ2^}eYãës–Ú9m,§Joª³¸ı|V½Fòuü8Ã|æpXšx¦g›šC´¶îßtW‚øzâ(Ş®÷ø§'ıÌãŞhfâ}G¤Éw2¨³›çÏ‘ş„D‰JŠrËh	¨K0\Œ¶ERĞsï¥‹‘§ı'hO7NÖ¥²g1~ñš©¥Ÿuqá¾+ef\¤@ÜMKâ®8caL¦~d$ò7ù(gÎ­mòF…b ~ª7¾´å`ƒßV‡¬[¬r‚á±ÁZ°ƒaö¨£t,´£îY2^r¢	åùE“r;Që–ÑCûİŒ ´b†É%ÅÁeÿ?/®ß‰MšÍESÑ£Vµ¼cËƒqšm¶Eåxnh¨më±µ4!taÿFg¹íM¬Gd©Ç™í¥œ'Ñ“‹³™?ëuñ¨×;9~IÓè6éO920T©`É1ãWÇ>˜uĞN–á<W9ùl§J*±Üós;µ#•K€„+y’Rægä!PÃ¥k#®Ì\“ –¸¸?eJ¬ÌËõ¤öç…Å†¼õ…0p§sÒ8ÈÀNü]{W®A‰†íJ<ÏˆYş?íºL…E+õ©Dô!Ä{0Uòùmi¤R`|U¤\x¸ğğjã½ê¹¢ñYşA\´˜Æ~Ÿô|ÇÓ¡YŠÑ&4éT~ÚXsš5î„q/4Aù/tÖOe~sÈÃ¯¯îÃ9ƒN_¦¬$ĞL7õO?^A´!Á\waœÊûÍNË§2ÊeYü“IbOÈî¦ğ²˜1Jà‡+»\ÈN/V @É«²YlY¬OÅôös%÷„±™nM•Yw#I"kQl9Û5+ÿĞVÇú·®'NŞüéştTœdŒØKx_7y7]à‚8‘¨'ı½™I'ÉS|,ã-Ø‚\ƒëû³rÊçyßÏ­(ƒ`dÃ`k8<:å„~Ö¥«lÑjÖº×­âì	O}¯¼Hb°ğL^„ZĞ‘Ôã½Â¤Øÿ»˜ºh’àŸÍ\Î—îGI,$—”2Ø#ÉrqCşºÔSl9”ˆÑËOjŠFæ˜O…I>HL$İ’bØ“`{(\¹JO»hmÍ!f©Yè€M1·,4L|¥,Ÿ0›¿@è›°¿Ìpj›JTé$º?ô2ıÆ<Èe0ã†ûêõ½Ó|”È½Q„|V¹MIôó1ä/öRXä;é50˜¯#ñl\YvÉŸMQ ¤ÁgŒ’Â»5aymEÍ¿¾$3—8KtzhÜòl¤ÊØ“©?ê£¯©ü<uÛ‡Dˆgˆc]æSÏrb·6¿"d`?HVg\Üÿ´—Ëã*«†èr±fÅ,v”\§¦EîÿEqÚä5’Ô6¡ãşµ¾ãN–6*Œiè}“qÍaæõ4æ·€dÕùüö:56^lÒ D'¡ë…Ğóg­”eqaA¦¬’#P8+Æ«l7®$j4+Qæ‚ƒzâÆ8l]Kp\wGq.}£ã0¦}¹[ÔÑëà¯ Ë´5ÉÙ·)fV{rl4ÒeYY§lŠZ}#æN³ÏßAbˆ7bñ#=¯Ş`ê…6í¤\è+ê†X°:¨œ¸(­0fQÔJt!‰£rf<x9UòÂäóæ·`Œ|¿¥P’ÌZî÷i±3ñ=ŞÄ’œ"ª­—·~%gâóš"` qØHƒ‰Ç´ˆ†Ó ‰Šiq¸	poZÚö¬-±ß­\ŒV®+Âåƒs4şCàxœi\3ÉD÷TÇj—”dúöv"ƒárÅd•<%ÿQåÊÄ-ƒ3¿dÀx4*è-µYòÒ€ÊIt†ú‰~qA=hZVÆíÿêúáj:Gjà°×ÂƒÕ}iÄĞØìgF;Ü;&N…ıÁÏÔ¹x;è*h’¸â1"|Pÿ(bœ%TÁ¡Ç›k†µ(¯høLc°1òtƒlÁáRáâ]ã¤iH‹Oˆ—GmÁÕ}Æ¹ƒÎAÁûdÛf‰€´õj I[şù#q¡úÆ|Ğ¨&c^®’î0%ø%M¾,|zn¸/w§„Àó¤X!¨ŒZ4šSG]‚˜÷æ»Ht+ªš9Ç¡.şš5¯ğÿ³w¬ßR²£×òñ*?Bû€–^FX¼pè±ª“(}µeá#±¯qS‚şt=IÜG"ÛÍSCÊŒ^`3>¢ø>¥+­[fµ3Wb1•ÇáMÊ["*ÒI%!œyÀáÒ¹ÀôœÉ=·=F}ølq8êAPˆwqS`ÆŒ3(™dˆ–„4=Õ×—ß…q¤›“	„}‡ÂFŠ­°ôğójôüşµ¸÷ìt¶O·s_ğ—¡·ãÎ£Äb„0i¬Íú^ıÛá”Ñ¯†àŒ~QVçïú{›÷d~Ó<V¿;±³ŸÍ¦ìN–pƒì0Ó>@jg•Øè@-p¦Y|Ù<4!«İs‘ÁÖ^Q‡KT^üöÁQ±­g“ğğgà—‚k@ÈŠ5'ÌÍ_Ş¶j.7Rÿ…?İÈGH*I»¹4HMÎ¸ÇI$Àï‡^4DqÂ'pc}AR{=mÃ¼·¤Sşaë”´©œ¨şÛ/ÉÄ›9B’ß<‰lFpÒú¨­-¸(Ì·Q YqeÔ0GH4&£cA¶¨HÅŠş&ããíkAàg ã’{œŒı¢ek™"ˆ+mº92£¬»<Âg2õiaLHÏkˆğÜx0‚ÑAì%UÉ“†ä±-´`cÜfı{yÏÍ³Œ$÷x„%À‹ULº§õéæŠ3`åÊ¤=*³Îİçjâı€õ5Ä!)¨'êï³ã:×t,§UFØºï¤höGÚN‹/¼-Ì\k“:Òú¹-6Ÿ­ß@Ôô6ÔF°OÆÙS^ÁHm®ĞUvsFÏbOŒ°¡…ÉÍÃl\‰ÌHÖa|a=ã#C”öOĞg\!e¿j*'så¼öì¼OoT¢~kÀ"`¦à<ßû†HgxYºò=÷›ç±ù”¶AZäŠ.æÂ3L@)OÁ}(O!Vga*?Ÿçoş¬¦¶¢S­¥Ü‰ê"?uC³€¾Æ±Ï±|	³CN9i^şD)Áõ6dª´b$iKæÒ¾}øZ4Òse¸/)\çğmOìÿÕ.F*k»¶MSnSRœ.Ëù8,S_ùhöŒ píØuùÜ7ôÊuı¸?ŠP>§DYOš4Ì5¿"[áÕ>¡ƒÄ|ı4ö³…màíÿ»Ï¢ÃSœ_ÚfúéÊì	![êj±Ğá_f³îV½@ŸğIšıS4Ë…tù$QJ´Ñ•òN#÷ËèÇšp~Î·–›t>±"a!ÎÅš[74zÅØ×K2Û1P;j<µM¥HPñ—E-sDÌ)T·Ø?«´ÿYTv¡Í&ÿîÁu°ä½+¾E˜óâÀĞ–s›Öj?IÁD‡’Ô@á‡x1ë^3Á¾,×8(Ê×®ÌtQó—n›‹I¡m±k¶òLØú€%ü‡~]]Ûu5áÍxõ“(_Üç?løÀİµXÑŞ˜dÖ“ù¨–Å•2Iø^? Ï·qÿ|—HDˆ"8KÍ>unó’X[p’*sVQ1ÂpõnÚÉu¿fÖm`ãOK\¸UÛÈ-Ô«ª®ñÄ¥/<¤²¾Â?E1’şU³Ğ†<8Ä$ÿ‚¶³¬@™³¸‚§É—¼Š´7I››[Â¤ü7~K¡„`s–BŞ4v¿ÒP$à€)üi@¯*Û½mi¢]¯AÄê›Î$´àò !¢qäV°NZ:E'÷›&_¢Éï_*8˜iİ^”æ˜.é`¦3”ÕÔ”UéÎ<ëqàĞ4×c™M?¤JÒí ìõ9©gÙ9>ïÿúÕ?-,r™Ò…Û®_x„l£'Wk¿sÖZÉ©_Ûn}œ²—¯öSñU9øÀÂ|ª.ÜÎ5ØŸ”êª~0ñÜ÷QÉ›šù—¡ØåøoãœòIÊ±Ğ˜M_×M|R¦Úuª…ÖÕJ² Øª–ŞVÅ²u;éE~@jŠN²ÎEÂ€‰V9F7qÖ’ğèŸ»+#2Â”¼:À}r”z»ş\îÚ	½ÿ¦W¬R,t9xZA|¹‘ OGúÅj±°Nƒû_Bş’É°ñmœ¢•NåãMí€ôÙ¬3çsÜùFŞ+U±S¨CË8ß=ù}Ş²’¬şõC»×ô{‡FïNŸ?–pğU×JP°<ÜüpRkî_š,ªæ²·½5€ĞäCğB«!L8æ.27Ò±\ØM(‰‰•Jv‹+>Q1ÜË`Zl6E3õÏĞgÓ¾Jîˆƒü€›âËÆÂŸ”5)˜Ï)éÁ©Z?şŸmLkëÖ.Ğ`ÚÅb)Ú!(vLcÅ#@ëhù2qn§}Sğ…Ù»_à:ZŞp)Í#š~ÓŒ^J[óúÎZ™ “¦ñ6üè‚IF!’º¥ØÑTÚ2€Z2é~±Vöuiâö!y¿$¯*ì'²<ÿ¥ß7ÈºÅá³;A„M†A^ò÷Àyw|"‡µI3ôy?¡ÆrĞ¾¥æ““J00˜8Òî!"ê-³¢Z6?O²„—£vùdNŒ~û*•š_ŞOfe‰F|˜(æİ~®¯ø§ş“Œ8.‰P8‹6oCxı(ø®¹y³¾@U#ÅÄ† oxù·şd/Ä‹Pµ±–ğ¢ÒñX¢^¤æaá 0g)\ÇÛ.›XÀ_“L]ÁH#•.ªˆ¥ø7ıÔÌ*5'%…:†’ÚQ!¹_åÉ»È›s=ºk±O&zÀ“‘˜òŸŠ˜tøÚT¤)¼*.oŒä^i1šôƒ51”Wän˜¤†Ã†lNcFm×‹Àş;? w&1SNnEß‰r×ìõ˜fµ¬&lÏ†Ÿ ¨mzfÎb8 áw7èò|¯w¬k›nt Nmm!>´‰Ö,ãzÅU½jùí£ÍUÖB§iqİò†AŠ˜x`‘)?jz\.Æ<)µj­²;˜Å<>%cNN{ÊhÓı]ä]«ôï22k$ü³/(á¿C³÷UÏ*1ğÕj#ù(ÚúÌk­sİmÙÑ¦¥¨ùİÍA&	¯•xHmu¾ñ9µ#N†×17Èå^bi,şüW¶:µkş÷ëÏo¥.{4Åz0Ãy‡ÉvÍgœö—R…›ÛeI¯˜ıJÑ#°KAR/L]U<¢Zëz¿D%à jİªØÿ¿}–ù¶ƒœŒr»$ä!k5z=óÖãqQüëîä}Í‘gYO+B¡ÅË²‰Y&b¡#”¸_vË9²nVhç™	ŒmTYOO÷Mß1¦Ÿ%¹·Xó›[_*´Ûö†.\ğÔıÇTêI®/g3(â"ÖSí?ß‚¶0n’¡No5õ±5¸&<xîısÔ05#¾òï|B.™ùâßFR.ãUõ·ïÊÌ+=mõ±CêY™ùŸ6uªGéR‚SUl…eÉ‘rc¸öƒè¯ÿd„qçzE!¯¤­€ŞtÍxiŠ‘Cè_27ºÛ ÈÆJkZìŞÓ•âz»¦bŸ¿®¡ÔbìË¬2*Àù¿C*®¬ë§Ÿó¯» ˆûİZ•“ÏUJ%c(Ğ‚‰€Ë$€3 R½ôä†úŞîV€È}E­›'¹¼/)³º#Ãm£¬ıÁÛŞìR*Ï×˜iƒ~g^ rÇ/pa…Ø@†ÜWh¾;c(ÊÚMj¶±¤Ø«ƒª[óÏİÿò9Oî~Æ™!ÛŸãşãè2^·#é& Ñ›ç=`Ä#ŠHOÙåë£óbÀCÜÄ8Í÷ÄÔëK"ìªQ¼'pt¬$ÂˆÀæÌ¹›7ğ_–kŒ:€Ñ¥kÿÁµëÄËïG,&f_4¥b—Ú¹ØA¼İtµÑ^È¶Ş™Ñ^£O­¯ø	,÷Ä”½:Ü]IEZ[Å\±)9£–Öo0p]›aÁ-à÷‰Ó·cO…V=Í.ùCµOr–¥ ËŸ~<%é„AêfÅ•¢«dV>K[–P^•]™±ÃS¥—3ÇIu©3Şii°o… S¹Ú­Š<ÈJDQµO*‡RàîRÃõg0f¹g®hüÿ›Q†áHëæ‹ˆfİLW:¿×•ÂË~¾˜‡¿)IİqNá¥’^kgåüOm¡‡ˆÎ(–ğ;±ç&~vße0õCóßë[î<ã¡ï¢•nâŞ›öœÔ¯Šã0¼@oõ«B"÷ruwO~åV8â«$üZïáúY£,0î~dK0œùïI2Ğévq·‰?4Gpök‡gªBƒKá{l½Êr2Ø4OÖ¸ºtTTƒğÜ×¯gÄlˆcOÓ1•ñõ£Ws¹¹ûYn-¸Hcév1.ÒkËQm„'³¶c{Bí¥}Lpí£!xÈú[¨Û@‡âSq	[>sxÅ!×1–yè˜T—õ<L)„'ÈkÏÜAŸÏm$¨Øc‰È<™pM%‚°ÒĞò½-~ÚÓÒÛa›hÕ&0¼â-Ñ½©eHTƒ½ ÖZUá]x-´ >­¿œÏ;<5‰â“µœ{„ˆ‹zòll¹éo‡¿$Ø®ènómƒtHø¹ØƒˆˆyÑLY„’×ò¨ğ6/«1ø°ÎGˆZ1ø¸±­İ–§¶˜ÔN1€•VIPùõ¤ó,U5õŠ´v‰®;.J3§&à’5Ë0;ƒu«x¯3?×ĞÒyö<5ã·ØsàüFSmà†,&¾A	?=¥Ä”JÛäi9‚ä‹RòrÿØ·ßÁÀÙŸô>µÓ×Ì`³5@û\:$ğ·*âe7t¾(8­'F× iKVäæ_iãxÜSnœÁ0ŒØ4Ì¥ªU6ß<ÑáÆô(–5–Í˜¾¥x JîÚÇ,ó½†q$|÷ß"¦$­Î´ÃÜH>„Iúá„‘èO ÍÁeº7]ˆBE#¤]©İİdw~pŒ£Ìwkü[ŠŸv· z~xH½}R´Jö”÷Ïôô€Áuø(ºOxwÙ™~ûc¶x¤ûk¢ûFBfˆ5±Ò®›6ÃK4Õ$Úì*/ÿ±*Ä	®á¨aU§<bO“eåŒ˜kØ„j_†º¸º»¨ıÖ!y‹N>z‡T?J„SnVêì¤)^äfˆ8ÎJÖ¼Ox*"d×OBËâAI«2º;Íj	%+@ÆÕ€üïÂøîçsğ%ÉûA…ô·®ëÍsdÃ—wîüQ÷~û¨—í£,`8Û}+R¢ÈT˜E4îmGšÉOÃ‡ÈE<üÎ÷O²¾¤İœ!º{¸¢q€&Âa6mÇ*1÷¨ÿIÄn0Â ++d‹àl¿Ü©z1Òòy.EQ½Öû:´}A@kDÙëÀzeÄ2}Ğ’?`°“nmßW}(èÃÌ­\[Vs ›ÚqM{ùÊb£Tƒš§²­«³•?±Ö‹´©Ú>Ø²·õ>?YÌ®•\³-A	kGø(&3üâŞ;p~¿ºš–¶Hˆ.l¹:ÃğÏî¶X½`Õ`“1/˜‡oï¼¯Ù/”›´‘ûésÚÆÂÈÊbxUx|-¾\ùc¿êœèæ™;x<àO[Î,{s&;¶2¢zä–²0Sôàğ¯‰â§·ÀÌ²÷„’bşûÍÏ"™Ä #ò€Ü¾¨Üô6Ó¾agH†ÏHöÒ?,ıù˜ŠÕXYÄ¾‰Îµ# å7ÿÿúiøî}ÎX&ÎÙ"¹t¡3¶=a%Æ“[‡ŒkıŒÚ#‰ã,<eı›	}´@çKáÌŠì›.rr‘M'VûÓKÈfvE²MueÈÈ§|lN[o§·ÈgíŸ"rãñÙ¹€ÍQ[Ğœå"ŸÆ¬K!D_ÄTõB`Á·¡¥HíÅÓ}T|4WØ¤ävRo%ä/1äÿ]¥³iâ½é­5y”‘¬F/e‰ceØ¨¯/z{üo0Cğ$Ï¼e$ĞØN:02ğº4™%÷F´f­'cIfHÃix…Ös—	IØ†ğºşÃîu`ğ–N­	-lõ3iûµ‰é}ÓA"ü½×Ù‚lb¦(¯Û~–…¨ƒã¾sñ†,Ø06Û( UşÓ-Ö”/[Ú´Èñ“÷¦	-•ásÊIH{ÅM®J¿Ä´ªÉ÷SèİÜµ=Ä,Æ-a$°y»Fjû¢³CÑ`pºGÍ 	ÎşøItŠ[©D%EŠoh´>¹g˜ ÿÔ:×6ocş¾9åK»oõŒ9Ä½¶m+?mhÀ3N-v,f6v¸íÖ£ªrê¹É)Í&w;B7j8#ßã$#$`B¯œ¾^ƒ·_]ùŒ‰- ÙŠÊù÷æ¿t*©:.K¼šÂU¾¡-üõbrœÄ`‘Jw9ÁÛ:á™¢fx9RQÅlI<0 òŒMå”~û¹•òªT¸:ú4YÖõXdhµ_–Ğüm–ºt@qœ×¼4?yªÃŞÜr…$yF]³ëñyl-?î‡Õ=ñjd«¹?EV(şÍÖ+¢M˜Ş?ÜOTK;ç`‹ÏŸÎ6Ø?ÕĞ‹Ç2½@óR!|!O÷¥‡Œ^ÀÚ¼ÈÊœó\¶+şrRˆx_Wğ}ÆYMÃç¼ 0	”åRq*7Ÿ?È1[QüÅ­ô|â¹>7½8óÁ2ÀÆ%	=!ÊQÃ‡ûÒºjA¤¯"!mpt]/ÖRÊîêj“˜àm*@Ğ¾ã„¥÷ÁÙ#OJü4J=C#XRWBfy€¹!÷ƒó¹ÛÕ/Ÿšğpcå®—ŸşØ‡ØËšG@,Õ÷À›wX<ºb9)¢û_mq…<Z³ZÈ€e"9?7Í3ÿ¸Áî1	¾†ÀŸYÇıRn…ŒîÕ“Í¹¥››ô 4âW(ïx×C9£¨«š{ô`H.¶ß(èp•’@²²éQ+]d€ŒO#FÍ´ëòÑrŠè)ájwqvimî9ƒSzÔ®½ˆ–²™}“ÀåpX$e‹MÆĞ#‘Äg¸õ€$ä@ô@WÆØ`E%{é¸[:ºÈyº@3‹°˜ô÷6¸¿¼lg7œ6Ş#Aé¢gTq®¹„0WXzè÷ıÿ¥ÚLŠC;Aï(ê@+Ãåæs¶ûTñ,óuÜÏûÂŠ™Ø6‚ï‡´qr+,¢ï p¯ûí}e$ršHCumpJI:,loavB7"sh›ÇÈó¦Ê7ÁNF½Í|Z'‚—ÚİÎÔçlN¤/ƒALTZ‚`\¤WœéÓ'É÷ïmw¶¤ŒŠ3â/šuÄ\¨ôÀ˜ªp¤çf!yÑe’¹g2`‰ómÜ<L"iXhÔ(±1“«­³É;]c¸ARãn$vòmÖ+rÚPaFüG€¦k<W´í·ç=ˆ#Ú]{Z`¦íI­}1}îS©ÅDáµI™8şëT*©OnÒí™ˆ’5E„mºvØ­íäQŸqÂ‘4E	Gş}/ŸI»ô	#ı†“øƒŸÍ¸59/£ÿª¿sÕ¥¤85§ÄQU€â'xúI6*y!dˆ‚í‚$E­)ƒ‹„ª¯Ä (¾»ğ7êoÌVE€4äù°w£I9"„©?5D‘[ÓÑáfĞŒñ/ÿšOA3NkoÁIPošEM§t>„ÍkBV8­R/‘“JiB£ÊäŠ¿x.mÓ:˜57i©ï2!öát¾Ç„«x}m0Ç›áıiGG^Uê¥§Ô·ï™‘ûØD-¼üJÖõåt¦Dâúºõ…GÚR…¿Â™a“K®ÿ/”Š$°¤’¦õ=1îúÅ7NO¹Ë²èŸ‡®|‡ó$õÏ5wRïR@k˜ú&¨zsr¹ CxydC-y|\çeÛ¥¼Ø²u³G ÃMİ,A&ğk½<9Óh¹÷±ıçPPÑ5Úè‰ÔEvæ?ï“Q”¨ûj•`·´˜C\|»Q:"óZäLá]Ø#ùo!ìhi¸ª#-ğ@é!–TkœõÂ…ëofÈXüiğ´·^sŸí· km¶[<EÿM…‹…æ@8P!‘‰oõA\µşÁhñÈ0zÀW„höğoà‘ÿ)¿©œ&şíãÅÉƒ8Z³TEÍ€²Ì˜ÀcaõÜä©{ÿs?n¤ò¬åC¬H,~Ìïc®ÿ¸upa„€S6I<Å	.°Û=b$¸ÉÖÁ@Æª¥(Œ#CÍU‹¦Gû³U‡m˜½|ßj@YÍ‚³ç²7]|ö³[ö¿©Ï‹ü‰ÿ@Ù·ÜºLÇï°‡£aÄß{¡óZggx·Ûzv'7Ak˜À¶úi<Ú¦¥_Dñ¾fv¡ T¢lˆêuç&9[ÃtJ™)\rÀ%hŒ›‚S©j%µ­v(ıîà$e„ba×ÅM¹o1½`B²¦S•÷´íÏ¨LIÔ _ËéÓ³p}|ŞØƒ:²¸®Gàà)ÇÔşùl2KÍ)Ş~'_0Õ½×x¬ê®eÒòcçæ³$AéÒ‡Âqşãg™3$C{&Îc-¨XÔ³‡Œù.ZHæÎfª]	Î˜Lœf0‚‰üàã#U¨5Õ¹èçÙË$<l’…šõ…Ù¿Ã^Aúx<ªÒ`Ãu*àšv™Æåæ‰ÉUqT³0?‰qi¿@Ä<¢÷Å’E`Ç±uû¥)Æ¶›”ÀŒ$N@6=7‹–Jğˆ<;éÓ|E 	ä·TaĞ¿ãNÁÉ‰x¬GóğBx>ø¹ö¿³™ù®‚|`†Ùåf5-’ÅÀ/í^Na=°]ÿiHµÇpç-åÇ9|ú`oQxPWìW‘9_&øáˆËgû*æï`7rQu‘[»uç„1saf—’‚ãœä‹I&„ÊÒZ$r%òv6ÛNkÁä#áªV¶Æû˜ê#bPì:Ğ*Ü÷YQã´ö_AZ´AËªvÒ*³4~0aÕõ“r×´´‰£o /¡¥Ø(à‡Bæ‹Ærd™l˜ ş™©5ŠıYsìîèˆ¨ÒV|½LPÛuW¡…‰¾K£Ä<3×®’ÿI/.Ûc³tSÓà¤àÑ¶â^èôŒª<ãšÄså†Væ›¯´j>ì†Œ9²Æ_¬ÍaÛjt“lá¥M‰ÊÁ7”½¦4Oâì\úV#Oç·+#+Ê7•Â`#€”‡:X8MWüE¯Ë£-iÇäÍ»÷>ó¯Ğ½V4ÍÃæüöx"œŸBQŸx¥»”¡§GIlÕÉÅkÄÏ93m)+›\˜o¡K­$/"‹ÇvÛ'ál¥½(‰›‰DÃï£üjk3KHfÀœÄt÷w½F8ã˜ä®T«¡n^VUœÑ6œ‹Úú9·RÔºÑ×†Ö8Óú™Ôüë>_òìáÎœ^X—»ä–BF -˜Ì€¡[äÔª½¨2zÖ”3€ÂXª?tÅk¼±É(<¡İKaåüãïò¥Çt¿m®@r¾ÿ©,ÊIEĞ«j·{¹YW>v¨.Ü”VcsÖı¶ü·Ï*¦–‚?zÑøÒ—+ÑB|\r¿aQ°ëFbÕø~)|¿^Œ¾DTù ñ¸.ÛŒ£[¼EWåfM9!Ğ‚“¼q<b¯y¦¿¾»/¦Æ²ùä´³>ó7±&ğÇ®*¬á6âh>A¹3½£Û`Nr‡YÓ8¼ÀM9ÒM-Ë²s!Òd©‰Q.ˆS…,ÆX3TñgàmÛÀ‹’ÓAÆ…OT#o75€]¦FÚŠ¸·Ç‹ëÕè_¦r÷C¶i LÃã|}ÿÓùucj¬ªjsBRRÚğ£çùK³×°Å![a¤R×÷†L¼×¯Ë±”–êö%b>'^°‰›~htO‰*ÏÖçEigİ(	²æ¨TfPçä\<=:ŞÛ‚DÀÄÎƒ+Ú«Re-?•Qd%{Y‘Ú&ZE(Áä$Ú“ÉğúAc8N!B‚æØÉÛ<K?;|ájŒ}¹ˆ£½˜±‘€EØP±‰$'u±ñ‹³'æïAG£kU>ı·¢½ PÆ`ÀŸ=Ñ–qåæçú«MCï dûMö¾İ`´ì`I6‡£äE¹z”Âê<sÄgî,,u}"³ê;*¥Ú®œô˜ß«Êz—Çä«­t³'³‹AiZÄ9%›©à’OFBH]b².´f\m]uF­µ„~®qò¢<Ixm¨.ız¥SOÏ›VÅ~¶¨*µö’%—ı÷2ÌµÓ©\Aştñ?IFæ}x¶ç0¤PYÀÜ’gâY›™«$=Æéhp¯ß	{¾Ùs'1lmJkxMÃıç1võ¬šÃñVŸ!‡Ğ{µâ^®	cc‚ Él~ğË›qÏ„›Ô´œŸ^bª¡;%öÁò¨­oŸ´™–û¼MHA¿ãà«ÓûŒ!¹X±™_Ÿöis=M¤ªWÀ/5Nâ	rŒwïneFë	3±ek1Œeft…íó[dš¾EÎgmd!íşvÚv”ˆe7$FàDmÛh&ëSP+_&ÇæOÃİdïwT)tGX™ÂDçe;_*ı"‰…_Øgw]…‚«	€¤CTÑšvŒ@¼ŸE59Ô8\xïJ"]ña<,cKû¼‰ƒ!CÈgTù}z‰gşOÃ¯_!²ú¶Idıÿ²/ó­ãamŞR ™.5½QUì½¶æWô²‡ÓW0yÛOŞc‡qÖÄ­œ!orïbû1AËƒ^¬-}­û¨ê­î/‰ĞûÒ'²Ìé©ÑüÛG¤´ÿcÔšÉ¤ÔÃİ˜$’ãŠ±àUÀø˜×RŸNB&	Ş"Ì³©KHÂÇšËq)V3çn °‹â€-½$so¸nq{ñŠ¯UüB\™éòEe™Û*ûs?²ó†[Ç -¦xs{ñìU€ùWUù­°Sø'éj-Ó…>ğc€Û2Û))¦^UÄvKÎû +^Ş–5¢á¹Ú%=]›NX“9ˆØ¯‡Ùş]7É9Z¾b.÷F›FŞíµÉ]ıãË!¬4&Qİ)ª5UlDt¯e™L}oe˜eÒ["¾t-ÁÕºBS²>@çËá¾&.';½”¹Ù¶"S"éŞŒò_ÒÒ?YTWĞÎ	’¹~Ø×‡aå(yÕòÀ6ÉJaĞ*j^Ã9Gı€6yÈŒËo}|-D(—á¿µz±ü2%Ëa¡ñxÛÈhrûÛœ-5ò3/kéã„À‰ˆníÄÄ¨EJ~CoDİcÔy?º;Ê¨G	¯™œ2._BÎÄüe-ü>˜©JuÛİ™3n˜_}Û6{ZnœI&Õ|‰ÄD¬ßÔÔÏB—¾asÑk7`¥’púĞº€Ü¥ã~ÚÉæ™ğŠò„ØXLş5&;ÕÖçÒÅØiå†‚%¥J0ÒÿfÎ|T‚ôœÒHN‹İ/Rú·•ò7ğú1œÁaºÖmÅç&¢s£g©“,.§c§?êÕgvæ6¨¹aJš+ùì…å{Ãíy¸«˜ş;Pzê6)ü6.cZkm›2¾nygĞHGŒéÂ˜\öƒ¦²-ø+ÚªóôZ’ÅÕÓƒK9¬€”##T¤AVüG_Í§s6K×L^Šõš¢%Û,vVs¨¦à¼Åí±f|ú9* ”Ùu˜¨Õ!Ñ6ä)ÙşRãø-\cÎJ–z~Ÿªó!_å.ALà‚^´;h«W6¿¢=ËŞc‚…\ôÑ? ìœ¾WE>“õùÃ–'LyÅ¦)Vwtÿ(TØDûà½\á¶¡\‚p·øü#=÷ós´H¤>Ú¼‘˜çóÄ_ÀïGšDÔ¢ºj`lüA‡fÖ_Î¯kŠ„*^ú¨••Ó*“JhœDĞ&Ò¨7_•b{U#‚Ô‹Ÿldt:Ú‡…µÖQåzJ¯D1Ô«£bQtÄHSÜ>Qõ©üïaBS}§(.i@hâÛ~/£·¨9àén¦–<ˆòr‚&h‹óx­õx–2§â³…ò,\.ª»È‚Ñ}‘¥×¬@4Ú¾şU?=Ä}MxãàÍƒ3Fğ:7—^­æìÏÀåö‰;xİO=*Ë8è»â÷İR¶)&ÎD«åò`«×Û<E¿X9Şü$–Â§·¯uêÜŸpíûcU¤}ä™•…½ĞÕ-„§X‰ÙNÊöII;]¬Õ^¤!!åØzµ'_Qf}¢ÿiŞÿpD”>¿ºæÀ¢’VB¥‡LH°şR§¡×†è"Mà6ñ$è@íor†çèZfõ©×¡€×ç`9}Øİ7.Šı>Î¦J¶nÄ0şÇ‰!«?î±^àM%œ³UÇ¯S#Wc{Õèb˜ÇÉ.¸6ˆ†:#/QŒsLdµ¬ú¹Ó¢;«ág-m ™'ä;Œ´Qx¼ƒÎ5Ø$×¸Ğ›Ñ;Y§÷ñ$H€–nF8DÒL•œi0#«l)úp/’­ªp¶aıÏ§›•\dˆx>›=ËJ„ÊŞŞ6W¿”¿ÄØ–ÇÔi™ˆåÀÅ&rTrœÃ‚0j·î¾”^áÀpüùk›Àuœp|³)êt|T³Ÿ·º·Ò÷9Ë›ÙsûÔ¢ñ¸ù"‹‡Å!–-½)\~@G„L+ãkìj%X0o#Ğ‹d`FÌÈğƒÉ¿‹B‘¢Tï-ËÃf|hCk³…WL‘%7yoÈ®ê)Ç<× ?SQ›”h}—«˜;¨$c/¯éGå“8¢)Sÿ‚”ËŠ¥E„Œ8¢îÜMø%8JÆĞlêó§ì*Û‰¤»_g]{Ê¬}2:hEî=½X‡¬éú¬w'2Ñ[ÍtDL±âg«…a‚W6é_å)Wã¿"1@Gt;mòøÀz|!¾>Ôû”CÔ0œÀ‹ğ?÷#z¤§<H©]@zí—•sœ5!–k!Á».ÓLOxDÿT[ä“ªiºk]kŒ;$…:ÂÚ‡²_¨m®3<\¨—ëëşMîˆ"»’Sıäïj%¦KĞb÷D}=}ô`R¹zwØ'5«Uÿ·…ˆ!ì-R{9ÔfpËöÕ‹¶–-­eÈËÇ†ééÕÜ5°½£Qš–/)Ïœšá6¾8ÕÙV“õ¡ŞV&BÍ^ ê§5_E„m«p¿./ëĞ<à²ıæ¡Ü‡¾ªè9BİêŒf/H+¨ÆHú4G$¼±üô3äITJ@´>ihÃÒÁja?İô„yV÷a>‹¢¶ìë¢N=¬”¡üøùaø¸"ü›a©Lë€âçì%…ËÃÈ(_0\Ê~¬§Á|Am-ê§ÊöºçC\ƒûV;yQ—¹#^<5€Õ…OŸÔtj¿:qÕ{+İ½ĞTÀËXâÆï›ÁÛÏ³±Øü‰:bÕÃÁºÉ3 Ùª\ê÷ÊnüN¢^™@Ğ›÷ØvjŸyîg“ONY‹»™©[B2‘^á/P%f3aø(_Ú™‘òL%Ç†¤¢n×Œñ,‰`MŸõŞÄ³¢¯!'^º½-Ş8—=ÎÀU¬Äí¿QO¯!Q\öâİŒ¼A×œ4e8Aü6ó!¹í¾} ¾'H>òşŸª}^Ñåå.ƒSD{UºY);‚B ¶/ã!qV†Ú˜%g¦‹Acü“æè~€wèZâ²š½ÓúeÙ\ËWæÁ[µt=ÖÇª?‰âı5İ°Jp’°Áçy#v1‰‚¼Êˆ›m<Õ	Óe²]eÀœP™i¢Ş=«§ã?Úµ0r¦‚Ğû?şJš„k×®G ‡ühôàÛ$½H+ƒŠ¿fØÕ|Òôk–¼Àşœ1üêœ×9VĞæ‘V-jn|[y>Ø9„Ú&x†*P™Ûá„æ°4!î.Š:H“§7>òcÀ×b%xô±~”ù‹ççäEzmè‰!­¢RMÈQ¥ŠĞ1	^Èqxßi'z²¦Üñ~'Ù!ÿíT~ú1”´—R½?ÌïõòŒ={Şz@¨o¸sGÿ…Ç¡&>8°`nÌ×.,çwiÊ!pïÇ|‡.»‚İĞ•t›ÕyäÑèVìTÒAˆöšªÚ]æ¡wdºVìÛ”µ7²rYÃ2JE=O©9»É…*‹¨PLÖìl@ÛDÇo8ì+^Aë.ô°‰Šv²DìW Á¼Ô(H,AÁ2§D'&a“ûìOáÀIÓŒ5>P}Üh8wH rİ_ÒkìY"²zåû|ÃÀRüº·À™Ñ×t§(–ŞgsÈo Pü=¼R±ş$ß…’›î'¶†G¾CuNğo­2¶„`ùÆë®Ø›yª0}»‹~r{Ôƒô€ä%ò=bXHiÓÿwAùá,A‹/ñ?æÉhËq“0höXSw«õÊèZª²²¸QÉr•giıj[œ*ÅflA{~LEÕVq±SÕíÑI|Ò®r:²)§¥ÁÔïµG=ø=ê±Œk¤Xv‡ŒÀ7Ë-²,uÏ@6–u¼µæ¦c3F%à8FÒ[Â?®+‡(^c³öòpÆ„vé5—&–Ëb‰_~0ú‰ ê–~ Ñüæâ#yz«Í%x˜R_/VÎË|Å«‘50¦óQLÚĞÂphÆ&Ãb™Ó½9tb0È™‚ús7:Gû{‹f Ñ!ó5óQT½’Æ”=CrÈd¡TƒV¨D<9ñöûŞ˜šêƒÁÌÄ¦ùXPŸuã;JocöAUI½¤ä+J—B ‚b—dzuU«*¿ÁÑRşK(o ˆ%ñåpİ£è!Gã3\»u_iíü-ğH4½{·Z‚^ejè÷rá²gâ¡¤LÆÒHñ<9)Ä±l?ƒqH3Õ;Ä¨uü–%mgïZ=6-Ê˜îq÷KÖ†¾Kîäàää–„´Üì«Üi×¡jÂÔ[ Õ?¥Qğ`˜Úì¼üÕæ¥§q¯ŞÑxĞ ·²é´´Š_İ_Æ<0;{-ÔJ?+±vRËˆõV’F# õâgÎ/1å ˜ƒ`CÜúB”´d6!2“ #&Ø·vÏö3Öo’ö<¡à"ØQÎÛB›q38WŠ»”4Ö²¢»\‡ĞÈºntãÏ‘ç†¼µp›Ö’¨I˜Ğ ˆÏÅÖ°2­1«j~x+Tfvy¯¯Œë?PyÄz~HœÏ¼’D{MÈóF2¯6¸üÂéú–UøEï¡}rûKcNi§Å¶FìÙgãŒ½BbŠÓ{)#ãê|.YÛ6œÕªÏÒû–ÜxRøOD²ŠÎ8îúİVŠoÙ:5,­½Î«±º}Ñ¥ÀX)¶@:¸ã¸O¹Ê©Š©LËÈúlSQÄo/lƒÅİwçW®±)aÄh„!†¯Xï.$pNüª]$Hg©Ğæîbİsç§¤¨0·•À„º ˜’<Ææß%]tÛbakœ*>˜Ñ°4Ó—Ó›i'DÑ”¼7@›ƒùœ@Oñ7QiáÉ¨&›à¾ííª*bbQ107Vº¼’:À9sBL¶är˜vh>zsc&gs±¨~mê<ë70WøÓu¼_ÖÒ¸¨š('E46yy‘0€ë·6ü>OÆø#74â+wa²Cs÷ŸWĞ óÊäã½1dÛª9ˆ@˜M&¥aš\–ÀcŠ@FµÄn=Í3ÈWa×tÎOğù ¼p§f‰ëQ€ô~¹z×ıÛ‹5-)÷…¡<Ih¾Ÿà¸mí$xƒ¹üH›§¦ËÊ{·Â®Tº¤8ì»÷dÔ,ƒAİ‰#<w®5¬^ŞÏŠò+ÜN“©á™ _ŞTgä™fÓÌÛgB÷‡—.àh%ôJ¹`[tzCÀ‡I¦oH0hÏå¾ŒÔ)E®ÑJ–öú¾#O¦k|±4‹@ÍŠ)ñÃF6<6,yF{RaÖªÄÓ$ñ_3¦W¬ˆ	?&ø> gsİm¨ßÒAÖş‚íâ	éA_LqĞ³	Q®kF•F•ò¤?ß ¬ñÜ)Ëİ.hSÎª•Ñ{$Ìçjp¥‹¶÷Ÿlv£6eşÖÃ ¹d T½_ë&od¥(œ£]’ë‘R„,Ht‚rÅ³Øú¢`ëL‚Oıäİ=Q }Iñßó‡ìsK~€mç„ÑóD¤ì³j¿¹tuğ	Á­ËÑ`ÚÒÃ‡k·Ó˜¹Ò›~ú†Ûsh5e™·[İ<ËÊÜ670<;³@vHdÄgcñì–ÖZa.QÍ¤n0ÌX‰I’j¹D#`JìROæâaºyX“Xá`+ßêW•TW˜ºA-#øS¤W)³éÙn‰S¦«~d8ZìùBGP ğ¾Ñ‡è÷†sÅ3¦Ì~vzÅ¯Õ=@‰ƒ5ë3ÄÙ‚f°¼P‡½bJHŒÍÒâ}‰µš¢FHÍCPCÍ”°1áğîFŠÈAc›½!ßŞq-•iøè$Øı†6Û¶ÏÍÔêİ;”£¤Ş$ñüO™ã§…´d¦÷¢rS€ˆ¢"W"vÓt–íÂi&Â'<yÎNCii´JÔñìg`×²—*¦ƒiQ³Cñgµ\mÁšÕ0”X3–ÿãòšY¸Ï^ôWj’fı‰ˆÆ-·íw^ÈE4W]ã\4vN¯Lo&}µ9)Q¢Tî÷&£±=rô0ÆÃ™î*ìûÊ”‹¬ûìİê¯Or\¶ÑÑºR'Ñ/$òœÜÒø(Ã•ğ)¡È¡íÂoÎ‡á¯æíĞ;"®?%y{¸ñ˜öK0Ä‘>¯‡LYÔJ6Ùø‰Vğ¹ËøšÒ	Ï^lÀ6Œ»‚‘bKÊ¸ñç+H…-{–`öğ–ªöYÛzbÃ;GM¾	­f7M')*·â¡µš¶	G~È¬pg¸¸ÆÊ5 @dIx\Şë»³%€©t@±ë…=}œŸC³\øÏo)¬_0‘‹}ÃBö\‡C¹{¿ËV®¬FÉÕhûqLÁù|™¹Øqü¥2â9‘Õ~ÂešHá¬’­ØÅ8xªhWóğŠÓ1$B¶šğü½eo¬ö7MëÔ·Qƒ<óJüÆ'Ô_áZ=“ÿÔ×º¨uÀê¡~ÃW¶15Ş…©o®DQ¡g<v,èA¾†ŸEJ>Ÿf£Ş¨1çäq9õËxIqË³Xs–‘õ´NpÀ‡&Ÿ½PƒÍGŠCxâ”ERçŒ†ïí!Óéf¡Û¥, 4˜>–ş)Ü|h´¨¢f’ô7ïÎ·…£q»2¦´bD#3[k—¯ç’ìbæJvQjÊgq_/ƒgIê0T-H%¨F6dS"zê÷çD	Hó°ße#Á;’{R"a[ŞÆFÍ³×yF¨Ï²'õÆ’ÆßÔ:ºe	˜o}xdüãáñ«êciŠnæp„7Š*á‚^x`œÁÍï4¹İ#Jpô ™ê*¦¹ö	Ô1HAX05G_yE‰«°9¶×æ\&}óZö€Ñ‡Ãoa©œÉ›Ò“3}Û¹¡ÑJ–{X¼ŠéĞäFZÃr¥ÚÿÚÔ#ú™ÕJ62)¯VYëC±…+ü)¾†ŠÖçŠS!–…£úìgd[êY#F­5§W‹ÅÛdX3;¿šÏıÂŒí”hhû¦TöH]QñÁ-JÄv‡:mPêµ¤¹:©œŸ¸LD` «Î ;í2Bmrî”¡ÁG¯B	–8ÂqÙ)Š´Y^núÈ‡:+èx2à¤Qø„¬£UŞ ©®ÛüŠğV(³ŸJ‚ŸBßæ½ƒÓñÙï?ôG±Mˆ…p•Ú\½üx["½Wğ>’íä{ÖR‹æ%ñİœ´Q5³'#K‘‘Ô¡ÁOØ”˜bşoùÉÖ¦ç‘åº9A;	¯ü®âñùTİ˜y#¸HZˆ'½»<@ıë¼	ÙçÊ}§RL:jÜ)KEhŠ7~ûÜw„ß¶}İ÷œÕx¦’ ¥ööä7¸‹)Ï!j`Äõw’j47±œFt»6€Jx€“ÇÊ/¿ü¼ù˜á½º˜µ)‰œÅ70¸ÓiŸ7ÜBœbË²wanèIvÊdé%à˜¶~®ÛĞf[jQÓ$¦«ŸRæ2Ÿ|H¢yÙle*›±¶~á:Çı ç™Ö4¨¤–şk¶âœh…¤²cZl±`õ0í_·7qMo£—Fã¬3L‰´9…q¸‚h3(,jT1‘o/ü9zĞ¯wúÒÁÿG©şÕ“PÓ‹ó)Á‰]Ó]ÿ$r¦=1zX!n0†HÅÃÒß·éBÈœ’?j_şB5t´†füğto1GÂ†Ëóüó/ÖÈoÎ0›¤Pv¯eõ'¤äŸuñ“¡lO ¯,¬£¿İE{ıbI²M“Õ3ËÍn¥_S›š[dë‚Ô÷Öbõ¦²ĞÑ	`æué˜µ°ÿŞ|æÁzâïO†‰¹¬IC“	Óí$O¸,t*Ó,'¡î>1uÜ[½jÜ¦ W7£ÚX­Z9e(W%EÜ)?öçØU	ÿ´íÿH	°¤tK@ş±Â×lÛñ-“®µä!F&ğ§?t	osBLmÚúèSæ'äŞ¤`Šê®ŞÎ”<ÚWRw£Î¬ãäƒt3‘6Ù4Zˆ­Q]Õ³z¾<R©vùèB=xÄç=|ó/kÑ¼-²—UœÕc÷Ë{b×\Ï«=Ô\&(åÒ#R×,‰-y-âDJ¹I£â2éıRÛP$î\T.¬0X»¼Úñr¶•„Qç©ÓŒ6Öfådö ó]µB®÷İÎC•ÊnÒmŒZÔG*g³²ŠmJÌ”ºw7KÏÀšMjÈª¤ª@ş8§«á‘K»õáE]~|b£ŠgÔó]ÿPêˆÔİ–„2ê´ÏVĞº,à/êk*d	§ÊÃÂ?Tµ“üD+ÛkĞF‘åräÙ¨W>‹G>¸ÈöSìté)qTP{W” GdŠ¿…`pº,g«ıxn¡	ÉŞğçBˆX?(âke);õ[Š¼Õç}˜Ïó¥Éì¦Á5×¸eÍô•zWÔZ[ÂŒ…0€:»·__é&o?(<b-›Ùoyœ³ê†…²÷Ê9äÑì(¶åoı µxëJ(0hÀ–öÉVf‘— ·a9LŒO•(…b?'^¥*†(¯ŞUÜÈÁd}•ËğDÊşÑ·v½(O-UiÉ)ó¬Gq2^¦<TºTÆÁıÜ/¸.€\k4;1HƒNq·±†úÊÍ˜ƒÎÅè•…{Š»€–·¹ßGÍõŸ­¿}\Â	"SÇÎ¯} 17Ù!€»fe†;ˆ¼Ê§X-¸²2Â^W¼2ñWêL&,bÀAŞÎùÌSŞ‘£rsuå£ÆAİa89"ŠşÜÛ²èØ*ìË8£¯¤E-Í¦c1´7²gÜy0®1‡Ò(èdŞPŞµMù’xşãM%sÔh¤ZX¥óÒ@‹Yrz°C°ÍaPX6ĞQBgJØ¹,Pnó«_h0ù»0p.ú€”§x‘ÊíGuFLïGü×qq+â‘S–uƒr§3ûx´dŠåDÆ¯]¸ò:Ùƒ·d•yo3ÛRáô})Éw§b3E1èˆïk„Èj ıàgfû±İoë¹°k²Ù&^àkÍ«G@Àuw6„€´<9 ¹ƒN{_Om>Èğ,œ˜_‚ñ;ŒR'}Óş”¿}…ÁuF‰×[‹Š²Í|=–rOM’7#á'a&±aI9»Ò–&—Ÿ™¶W¢–™a`›¯t²k%@n0AnSÇO×éŞ8ÁQšDõ§ø;%8ÈäèQV«mÓMŒ9<pIu©úÌ}oÙÔb‚EÙ	ºùŠ."Ş	adÕ#ğ•Úd™*¼¹­ŸØ{LNVú†â-&í±jVµ+ŒŒÔbZ86•Ø£:šLß%±Í¹ÿ®O9e´»&7Ëƒ!Xì÷<ß{â õcÖçâ„y!ÀÖZ¯N,_ùÍ×Ãeæ1{€…Ÿ°.?~şœ_¾{Æ–S,i·dA÷üØ‚€)4Fˆ±ÎHTp÷–Šbé€í²«‚Ò?"³j½¸¨óP¦+~5ŠBVş[¶îm…‰¼ë“|wa°˜\~œUd¬ùÄMÜàÕ©eÓHÊw†µ°ï7®ò#Éÿ^;oU€,îø.¥¹Òéˆ,m™ÉNö×1¢7(’÷gó%­°6ëÜ·0g;ïBÊ‹Ö0©ƒæøá©7®lÙ›cš"%ÉMã/ŸÓ9É“¥,A”wuŒqX0AßCF]?¢‚‹¤¥?8æjZN×Hil‹$¯¼L*ú‰´vÏXÿïWè;fˆzÑİu²Y /ì†=½ºdˆÓA7eO÷ó ).Ú5ÅÏÅÚÄIÛ#~’ºxÒñÃNW³SÎ˜‚}Y.XWĞ™š.m1–ÛG£YR|*Ü"İx‘ç;E„L¶n­é†}#†7ó›T€Ê]™GoÁ$çgŠ›´DœõõœÆ¡o½±èÜğ>_È72Ÿİ†€Õ6¦·FÑJ¦½Æ9…Ÿ”¶%&ßÁO3bs@6³$O¯S.ejX©2‡3%/^"×Hç˜Fz7M4EÑ9ü€¾˜úf^zÔõ;<ˆ,º¦±Œâ\97á8ÍñÈZ‡"øêˆa…xÕ”ÑòZXpükTºU¢É7 Õ´•¶•[ÑÖ…ªûvá(ÀÙ]Y…$Ø¥2Y²İ¢_¹j„AÅª§ÜÌ:t ŒEÙ—f›sÂRH®`‹pÑé.<L´Á9½‚|/¹u7ó'Sy¶]Q<|pcôŞôiÆ¥"Ô­CÄá§øßÓ•şh`‹$J1z’UTO½u^aWy Ãà%±Ôÿ–˜¹…›¼ªĞÏ2H‰t}8Ö©ÆÈ–€50y¤I«{-;H›ÚWñÚbg´MU–¦2$&ˆ“»[{ìÊm‘á¢xØ]áÈ“Eccü+³7gÙÔz(`‚'GœxQ'Ò[(?#bÎ›Şxc½2µeÎYÉFøãDÒ	TèQ™voªRŸ[Œ¹6OÉÿoy(?3ÂÑoÅİ<gVÆE¾?%5{¤18¤™Ú)%<‰\#€°=—ë@/îãUƒ+$“[ œ¤íÄ_¸§wÆ†ÁÒî9ÅòmUào,{ø÷uş§*iQJ5ìoHü(‘Tì2'è¡=øÄi	{¹ÛkäÓ	.“ XÆÇúægs÷Ñ²6VäAOHe'Øì»æsêÖ?Jï\³/Iãœ['âÈ¥÷®\BªıÃŞ›;¶¿>a“‘‹óSˆDû¹¶Ã«ß@–Ñ'nó¡m.$ô¦Œ/Uÿ¹`rŸ!ì‹C”/½¾;wiBÄ§ìÑò,FºPÔŞy±»>KìLpxn›b—T7pyf–2t(š— ‰¬f…7^ì‚õ0!–ˆ^® ”×&kÓÊ‹TøŒÎ‰Íïõt^xU´AJ´îË]Ç‹nu(ôôb´cĞ©fËïsM—IËõ ·ãfnos(HŠl‹>9¦õ½—¥Ô‘ç4hFğ¨eÍ£“2n‹›Ì(IÑ©Y\>$+î,¥àöBøE‡M¬7*Ü$ŞYùPÔûàË!Ìé²s-ßÙoİë¯QÀåäÄõ9>q±NJ¯wktË¢ÿøª‡5Ò{f…VÃ' ‚Ô8cib[r4•z53«-"<”¦¯àÉvhÃÆˆl-ŒÛ¢Å"T(Û$×ìM»’¼¢˜ª8SLëÕŞÑ½ç–)¹_¸T`#âráaıUR¿ar¦g÷÷|ö6p¬§›ô>uÛ>•€›‡«„ïj'Û¯i°¨Ú—µÇ?&ûòÜl.,FõTc‰Îçœ. iÌ ôC”ÓKó¥^ğïRèğZàí4íÿ˜\qøĞuPuJã¿)†x|Ê¡ÊQûñ PĞ:ß2Ï#'_ˆ“+üKzÄôÇŞ¥9Öë(35£ßgN>Üö'ëÓ"–¸ÓÄ­Y3ğóI1†ï‚	@Î"aÅ<8â|Z×¹\Ëm»Lªà€Í¾ßC’ŸÇÈ[¡9&},e ’ÿ1O¼§©=‘Ô=ÍlÂªr+Œ2Y!Õg]Û»§`¥iE³yj„@ØºtºiéiÑúZê¿3)F¬æ¤‹ï¨ĞäØ—!Œ×7ì­’SI&›½/cè¨ËyÓ±r˜J•ê%ç^ÿ‚ia'ÚØ8&IÉjnN‹yàN™ßÀ¤xé´ñ3Hãz¬‹Ò»>á‰Š¸+òù•>©,¤c1‹•ë@_Uó)V;N<Zïùÿ{Û[~Rl,@à ´k¼5æà¥ªsqÕ–/şíÜ¶ÒôQö]"~æcK„+ZVV#cañÙã„Cºf””›a"Õˆò·FìÖöÔœbD]Ó@›«Ï!Ë¢bÜsöĞ£1@…¦l×CİµÉÍ'ó–ç<ABÎ8Úbôó<1¬13¸Å6}´Ş@E.'Fä„Ÿ¢õÁÛRW•DÆàP”Më‚Î ´J®K_ù×Ä[Q)ï>Í.Æu ;úú9¡YË¨óà[+ñ‹œâ2û9[U¸êaã5uÊ3‘EÑµ³«S‘î»“ü²óeR“jxµÆ€ş>ÔûYpç@Iß’°¯ñç"U}ŠMò$_¤DæSˆ–Z.Íb[pÄ3Ó?Ú´áCÖ„kÒ;¯øòt¦KR¼F›[²‡_Òê†ëhÑŞZ"×lE_r6Í‹`š£i·ÅuÙ¶ÊÊÎ=ÛÓ4Í¤£:®VîG©ïà¬zp£rÙ¹NYéæ·0I"ZrkB§HU¤h»Xyû6ÄæıV1õ¾İşº¬¸v—ˆ$]*Ó.zÖO&U°W2„İÉÓóH(×-û%2•y·QYEû‘qpnç	1Rgß3\ûã'ÍxÏ»~ë+;§½ôÆs­‹ß¹ÇVÌçí:Ê{k®Ô	Æ^X'ŠÛÑUTQ#aÁ)©}ö¨§û-P'VZ´ÿ¸W·Ëpòau&«p:è4I¾=…ĞÅaÒÙİéğ`³ªŸë«4’Õff»m„]š@…×2Y(+‹d&MUêúfÓwlíT†nÙ±KÍ/y~_”ÿ÷YÚÄ{V¤!§EØh'è¶êfZe~	,¢åCÓÉ¡ïW)5»”«‡,ÆÿÒ€Ï¿‚ğ²UÀv‚~R•P ”¬zğxäŸnd½DÑá´ÙË^ãŸI/íç—›½~‹ã/-»ƒ,»e¾‘¿Ë¡ºşC<BVH±¦Ò=•yğ9DıóšCºÄàİm RŞØM¼Ø-Ø·Ñ‡“dL§5 ¡ĞAÅEõÄëĞ“¶9™ÛÕ¶àèÚ*	ÓŠ·3£Ít# š"¯d£m;yÖáÎšu‘ğYO¾Èkc ùŠ&v«Zåt—#ZàÃ¸õ4‘‰:íc`‚˜’9€Ff«U!à¼l8é6¶±§nhŒ¿„9# ,| 1,Ènªw\·ê5"t§`íåCÓ€`İ¤Sv ¯şJTí¬úeL Şu‰Ö;5Ïp¦yÆª¹3‘ul£b¹Á3r—ü=MüI:ÆÂÖ—ô³=Ò$Ğ—VÜÎÑô¬‰–ÊfÌsÅ¹h×QHX]3=ßuá¼CQhe&ãWîTñı× zîÄ5Ü(¬,—dÔC´mB®]í¶)ötÊyÒÂ—îÃ Î²‡Oà¡ô6WÛHY©¥Yc™nÿ·7FnşŞ{\ÛÆvˆo(£,5ËÊbõ}hìDÍfr¸'Ód­‡ÌºkA#®@ò¼&gZş?kl6¼ZXöŠCÌr`ÀPêØˆkØêoÔ„{é<ƒ*ï³´	|Ú¾«*V}¢”(¥iÓ)-Ù<§7%¤…¹59FkÌ»ãk€a‡*É«m†ã7<qï.¸Ï• Äü@¸EZhnŒÍ§l/z.äXz9ñhŒÒ·Æ­ÿb 6‹s…Ñ¸!ÊÉéå5­±øê oÈD'íÕ“}F	C:@¢ıp‰Ò³ºv13	ã¹~-]‹]´ÆD?»	üÿ’y„xy<û†«€ÑšZ6+¯4HJhôN•Ó5HW p!ïéç4ŸqZA9ZMõ{ú??"õŒP9ıøÂP«¸Ïrş¦oË÷.õe,Ù	Â²rÖ¹jeTuëÂ\Ş'‹æœ]ZµT÷Á`§ş$S;á7kÕ‰—=r–¼([û'­÷›gy&Ò;ı«=E&Àp:ØğGN³Á{Ã¦ö:-0°òo¿¨©ı/
