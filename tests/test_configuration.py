@@ -493,7 +493,7 @@ def other_values(text, setting):
 def test_every_setting_has_a_second_value_in_a_test_or_a_record():
     files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "records").rglob("*")]
     here = Path(__file__)
-    texts = [p.read_text(encoding="utf-8") for p in files if p.suffix in (".py", ".sh", ".json")]
+    texts = [p.read_text("utf-8", "replace") for p in files if p.suffix in (".py", ".sh", ".json")]
     # Here most values stand to be refused: only configurations that are built count.
     texts.remove(here.read_text(encoding="utf-8"))
     texts += re.findall(r"Config\(.*\)", here.read_text(encoding="utf-8"))

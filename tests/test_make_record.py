@@ -387,7 +387,7 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "an edited figure in submission.json": (
         claim_more,
-        {"figures": f"submission.json: val_bpb is 0.5, the runs say {BPB:.2f}"},
+        {"figures": f"submission.json: val_bpb is 0.5, the runs say {str(BPB)[:4]}"},
     ),
     "an edited p value": (
         lambda f: edit(f / "submission.json", lambda s: s.update(p_value=1e-9)),
