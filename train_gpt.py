@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 # ---------------------------------------------------------------------------------------------
 # 1  Configuration
@@ -1642,7 +1642,7 @@ def operator(
         return x.contiguous() if isinstance(x, Tensor) else x
 
     def define(label: str, signature: str, fake: Callable, real: Callable) -> Any:
-        made = torch.library.custom_op(
+        made = library.custom_op(
             f"train_gpt::{label}",
             lambda *args: real(*map(contiguous, args)),
             mutates_args=(),
@@ -3932,15 +3932,14 @@ def run(cfg: Config, rt: Runtime, log: Log) -> None:
 
 def announce(cfg: Config, rt: Runtime, log: Log) -> None:
     """The first lines and facts: what a stranger needs to repeat the run."""
-    source = Path(__file__).read_bytes()
-    facts, digest = rt.describe(), hashlib.sha256(source).hexdigest()
+    facts, code = rt.describe(), dict(bytes=code_bytes(), sha256=file_sha256(Path(__file__)))
     if "smoke" in cfg.sources.values():
         log.line(
             "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
         )
     for warning in cfg.warnings:
         log.line(f"warning: {warning}")
-    log.line(f"code_bytes: {len(source)} code_sha256: {digest}")
+    log.line(f"code_bytes: {code['bytes']} code_sha256: {code['sha256']}")
     log.line("runtime: " + " ".join(f"{key}={value}" for key, value in facts.items()))
     log.line("Hyperparameters:")
     settings = {s.name: getattr(cfg, s.name) for s in knobs()}
@@ -3950,7 +3949,7 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
         run_id=log.run_id,
         started=rt.budget.started.isoformat(),
         runtime=facts,
-        code=dict(bytes=len(source), sha256=digest),
+        code=code,
         config={n: dict(value=v, source=cfg.sources[n]) for n, v in settings.items()},
     )
 

@@ -560,7 +560,10 @@ def check_budgets(program: ModuleType, artifact: Path, run: dict[str, Any]) -> l
 
 
 def spent(run: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a run by its log, added up anew; lost: by the calendar, but booked nowhere."""
+    """Seconds of a run by its log; lost: by the calendar, but booked nowhere.
+
+    What counts is listed here again, for the program must not decide what its own limits cover.
+    """
     phases = run["budget"]["phases"]
     started, ended = (datetime.datetime.fromisoformat(run[key]) for key in ("started", "ended"))
     wall = (ended - started).total_seconds()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 import train_gpt as t
 from train_gpt import Config, ConfigError
@@ -191,7 +191,7 @@ def test_torch_accepts_the_operators_for_graphs(kernels, case):
         ),
     }[case]
     cheap = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(getattr(torch.ops.train_gpt, name).default, arguments, test_utils=cheap)
+    library.opcheck(getattr(torch.ops.train_gpt, name).default, arguments, test_utils=cheap)
 
 
 def model_run(kernels, cfg, plan, compiled=False):
