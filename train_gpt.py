@@ -176,6 +176,9 @@ class Config:
     )
     logit_softcap: float = knob(30.0, "logits stay within plus or minus this", low=1.0, model=True)
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries")
+    scaled_projections: bool = knob(
+        False, "bigram and value projections begin orthogonal / sqrt(2 NUM_LAYERS), else orthogonal"
+    )
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", low=0.0)
     # Training
     iterations: int = knob(20000, "steps at most", low=1)
@@ -243,9 +246,6 @@ class Config:
     )
     embed_quantizer: str = knob("gptq", "of the embedding", choices=("gptq", "nearest"))
     int8_sensitive: str = knob("", "matrices with one of these words get EMBED_BITS; by commas")
-    control_dtype: str = knob(
-        "float16", "stored vectors and scalars", choices=("float16", "float32")
-    )
     fit_rule: str = knob(
         "tightest", "what makes an artifact fit", choices=("tightest", "wider", "prune")
     )
@@ -2204,17 +2204,18 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw the matrices: normal embedding, zero output projections, the rest orthogonal."""
         draw = torch.Generator().manual_seed(seed)
+        gain = (2 * self.cfg.num_layers) ** -0.5 if self.cfg.scaled_projections else 1.0
         nn.init.normal_(self.head.weight, std=self.cfg.tied_embed_init_std, generator=draw)
         for block in self.blocks:
             for module in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
                 nn.init.orthogonal_(module.weight, generator=draw)
             nn.init.zeros_(block.attn.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
-        if self.bigram is not None:
-            nn.init.zeros_(self.bigram.proj.weight)
+        if self.bigram is not None:  # its table is zero: a zero projection too would never learn
+            nn.init.orthogonal_(self.bigram.proj.weight, gain, generator=draw)
         if self.value_embedding is not None:
             nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
-            nn.init.zeros_(self.value_embedding.proj.weight)
+            nn.init.orthogonal_(self.value_embedding.proj.weight, gain, generator=draw)
 
     def embed(self, tokens: Tensor, *, packed: bool = False) -> Tensor:
         """The input stream (B, T, D); packed: a document's first token has none before it."""
@@ -2345,7 +2346,7 @@ def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
         Rule(rf"(?!.*({words})){weights}", "matrix", "gptq", *matrix),
         Rule(rf"(?=.*({words})){weights}", "matrix", "gptq", *table),
         Rule(r"(bigram|value_embedding)\.proj\.weight", "matrix", "float16"),
-        Rule(vectors, "scalar", cfg.control_dtype),
+        Rule(vectors, "scalar", "float16"),
     )
 
 
@@ -2486,10 +2487,10 @@ def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
     """Learning-rate multiplier at a part of training: 1, then a line to 0, never below MIN_LR.
 
     The line takes the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps at the speed so far:
-    `step` steps in a part `frac` leave step (1 - frac) / frac.
+    `step` steps, at least one, in a part `frac` leave step (1 - frac) / frac.
     """
     if cfg.warmdown_iters:
-        scale = step * (1 - frac) / frac / cfg.warmdown_iters if frac else 1.0
+        scale = max(step, 1) * (1 - frac) / frac / cfg.warmdown_iters if frac else 1.0
     else:
         scale = (1 - frac) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return max(min(scale, 1.0), cfg.min_lr)
@@ -2814,8 +2815,8 @@ def train(
 
     Args:
         forward: the model, perhaps compiled.
-        validate: called every VAL_LOSS_EVERY steps with the plan and a line prefix; it opens a
-            phase of its own, so the clock of training stands still.
+        validate: called every VAL_LOSS_EVERY steps with the plan of the step that follows and a
+            line prefix; it opens a phase of its own, so the clock of training stands still.
     Raises: DivergenceError on all ranks once the loss of any is not finite.
     """
     plain, looped = (depth_plan(cfg, looped=on) for on in (False, True))
@@ -2831,10 +2832,10 @@ def train(
             if frac >= 1:
                 report.begin(seconds, plan)
                 break
+            plan = due_plan(plan, looped, step, frac, cfg, log)
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 with report.off_the_clock():
                     validate(plan, f"{step}/{cfg.iterations}")
-            plan = due_plan(plan, looped, step, frac, cfg, log)
             report.begin(seconds, plan)
             rates = set_schedule(optimizers, step, frac, cfg)
             loss = train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
@@ -2886,12 +2887,15 @@ def fine_tune_on_validation(
 
 
 def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
-    """Keep the first blocks, and perhaps the embeddings, as they are in what follows."""
+    """Keep the first blocks, and perhaps the embeddings, as they are in what follows.
+
+    Of the value embedding its scales for each layer still train, as in system #578.
+    """
     for block in model.blocks[:blocks]:
         block.requires_grad_(False)
     if embeddings:
         for name, parameter in model.named_parameters():
-            if rule_of(name, tensor_rules(model.cfg)).optimizer == "embedding":
+            if re.match(r"(head|bigram|value_embedding)\.(?!layer_scales)", name):
                 parameter.requires_grad_(False)
 
 

@@ -145,28 +145,28 @@ def test_a_system_visits_layers_and_mixes_skips_in_the_published_order(system):
 # --- inventory: shape, init, optimizer, stored kind ---
 
 
-def block_rows(hidden, q_gain, vectors):
+def block_rows(hidden, q_gain):
     rows = {
-        "attn.q.weight": ((512, 512), "orthogonal", "matrix", "int6"),
-        "attn.k.weight": ((256, 512), "orthogonal", "matrix", "int6"),
-        "attn.v.weight": ((256, 512), "orthogonal", "matrix", "int6"),
+        "attn.q.weight": ((512, 512), ("orthogonal", 1.0), "matrix", "int6"),
+        "attn.k.weight": ((256, 512), ("orthogonal", 1.0), "matrix", "int6"),
+        "attn.v.weight": ((256, 512), ("orthogonal", 1.0), "matrix", "int6"),
         "attn.out.weight": ((512, 512), 0.0, "matrix", "int6"),
-        "mlp.up.weight": ((hidden, 512), "orthogonal", "matrix", "int6"),
+        "mlp.up.weight": ((hidden, 512), ("orthogonal", 1.0), "matrix", "int6"),
         "mlp.down.weight": ((512, hidden), 0.0, "matrix", "int6"),
-        "attn.q_gain": ((8,), q_gain, "scalar", vectors),
-        "attn_scale": ((512,), 1.0, "scalar", vectors),
-        "mlp_scale": ((512,), 1.0, "scalar", vectors),
-        "resid_mix": ((2, 512), "ones and zeros", "scalar", vectors),
+        "attn.q_gain": ((8,), q_gain, "scalar", "float16"),
+        "attn_scale": ((512,), 1.0, "scalar", "float16"),
+        "mlp_scale": ((512,), 1.0, "scalar", "float16"),
+        "resid_mix": ((2, 512), "ones and zeros", "scalar", "float16"),
     }
     return {f"blocks.{i}.{name}": row for i in range(11) for name, row in rows.items()}
 
 
-def value_rows(vocab_size, vectors):
+def value_rows(vocab_size, gain):
     return {
         "value_embedding.table": ((vocab_size, 128), ("normal", 0.01), "embedding", "int8"),
-        "value_embedding.proj.weight": ((256, 128), 0.0, "matrix", "float16"),
-        "value_embedding.scale": ((), 0.1, "scalar", vectors),
-        "value_embedding.layer_scales": ((2,), 1.0, "scalar", vectors),
+        "value_embedding.proj.weight": ((256, 128), ("orthogonal", gain), "matrix", "float16"),
+        "value_embedding.scale": ((), 0.1, "scalar", "float16"),
+        "value_embedding.layer_scales": ((2,), 1.0, "scalar", "float16"),
     }
 
 
@@ -180,22 +180,22 @@ def gated_rows(count):
 
 INVENTORY = {
     "578": {
-        **block_rows(1536, 1.5, "float32"),
-        **value_rows(1024, "float32"),
+        **block_rows(1536, 1.5),
+        **value_rows(1024, 22**-0.5),
         "head.weight": ((1024, 512), ("normal", 0.005), "embedding", "int8"),
         "bigram.table": ((2048, 128), 0.0, "embedding", "int8"),
-        "bigram.proj.weight": ((512, 128), 0.0, "matrix", "float16"),
-        "bigram.scale": ((), 0.05, "scalar", "float32"),
-        "smear_gate": ((512,), 0.0, "scalar", "float32"),
-        "skip_weights": ((5, 512), 1.0, "scalar", "float32"),
+        "bigram.proj.weight": ((512, 128), ("orthogonal", 22**-0.5), "matrix", "float16"),
+        "bigram.scale": ((), 0.05, "scalar", "float16"),
+        "smear_gate": ((512,), 0.0, "scalar", "float16"),
+        "skip_weights": ((5, 512), 1.0, "scalar", "float16"),
     },
     "1487": {
-        **block_rows(2048, 5.25, "float16"),
-        **value_rows(8192, "float16"),
+        **block_rows(2048, 5.25),
+        **value_rows(8192, 1.0),
         **gated_rows(5),
         "lane_merge": ((), 0.5, "scalar", "float16"),
     },
-    "1493": {**block_rows(2048, 5.25, "float16"), **gated_rows(8)},
+    "1493": {**block_rows(2048, 5.25), **gated_rows(8)},
 }
 INVENTORY["1487 legal"] = INVENTORY["1487"]
 
@@ -210,9 +210,9 @@ def test_every_tensor_has_the_published_shape_and_optimizer(system):
 
 
 def check_init(name, weight, init):
-    if init == "orthogonal":
+    if isinstance(init, tuple) and init[0] == "orthogonal":
         gram = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
-        torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(gram, init[1] ** 2 * torch.eye(len(gram)), rtol=0, atol=1e-4)
     elif isinstance(init, tuple):
         assert weight.std().item() == pytest.approx(init[1], rel=0.1), name
         assert weight.mean().abs() < 0.1 * init[1], name

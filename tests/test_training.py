@@ -191,6 +191,22 @@ def test_warm_up_compiles_all_that_training_runs(tiny_cfg, rt, loader, tmp_path,
     assert 0 < seconds < t.time.perf_counter() - rt.created
 
 
+def test_a_validation_scores_the_plan_that_its_step_trains(tiny_cfg, rt, loader, silent_log):
+    cfg, trained, scored = small(tiny_cfg, val_loss_every=1, warmdown_frac=1.0), [], []
+    model = fresh(cfg)
+
+    def forward(*args, plan):
+        trained.append(plan)
+        return model(*args, plan=plan)
+
+    t.train(forward, model, loader, lambda plan, _: scored.append(plan), cfg, rt, silent_log)
+    trained = trained[:: cfg.micro_batches(1)]
+    assert scored == trained[1:]
+    # Recurrence begins at 0.4 of 8 steps, rounding once the rate is below a half.
+    assert [len(plan.visits) for plan in trained] == [2] * 4 + [3] * 4
+    assert [plan.fake_bits for plan in trained] == [0] * 5 + [6] * 3
+
+
 def test_what_is_compiled_after_the_clock_started_is_counted(
     tiny_cfg, rt, loader, tmp_path, monkeypatch
 ):

@@ -12,6 +12,7 @@ export ROPE_TRAIN_SEQ_LEN=1024
 export BIGRAM_VOCAB_SIZE=2048
 export SMEAR_GATE_ENABLED=1
 export VE_DIM=128
+export SCALED_PROJECTIONS=1
 # Training
 export LOADER=sequential
 export MATRIX_LR=0.025
@@ -30,7 +31,6 @@ export GPTQ_RESERVE_SECONDS=4
 export GPTQ_ORDER=ascending
 export CLIP_RULE=percentile
 export EMBED_QUANTIZER=nearest
-export CONTROL_DTYPE=float32
 export FIT_RULE=prune
 export COMPRESSOR=zstd
 # Evaluation
