@@ -66,14 +66,14 @@ def imported_name(alias: ast.alias) -> str:
     return (alias.asname or alias.name).partition(".")[0]
 
 
-def bound_names(node: ast.stmt) -> set[str]:
-    """Names that a statement of a module or class gives a meaning to."""
+def bound_names(node: ast.AST) -> set[str]:
+    """Names that a statement of a module or class, or a part of one, gives a meaning to."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return set(map(imported_name, node.names))
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-    return {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    if isinstance(node, ast.alias):
+        return {imported_name(node)}
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return own.union(*map(bound_names, ast.iter_child_nodes(node)))
 
 
 def read_names(tree: ast.AST) -> set[str]:

@@ -178,6 +178,17 @@ def test_a_class_inside_a_function_and_a_match_keep_the_names_that_others_see():
         assert found["f"](value) == expected["f"](value)
 
 
+def test_a_name_that_is_global_outside_an_inner_function_stays_in_all_of_the_outer_one():
+    source = (
+        "try:\n    import json\n    def double(x):\n        return 2 * x\nexcept ImportError:\n"
+    )
+    source += "    pass\ndef f(value):\n    def inner():\n        json = double = 1\n"
+    source += "        return json + double\n    return json.dumps(double(value)), inner()\n"
+    found = {}
+    exec(small_source(source), found)
+    assert found["f"](2) == ("4", 2)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("a+b", "a+a"), ("return x", "return y"), ("x:int=0", "x:int=1"), ("c=2", "a=2")],
