@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import page
+from bundle import bundle, unbundle
 from runs import (
     LIMIT_BYTES,
     LIMIT_SECONDS,
@@ -167,19 +168,21 @@ def check_settings(record: Record, report: Report) -> None:
     report.faults("settings", problems, f"equal in {len(record.runs)} runs on {first.hardware}")
 
 
-def packs(packed: bytes, source: str) -> bool | None:
-    """Whether a packed file is made of this source; None: the same program, but by another Python,
-    so that its head cannot be compared to the byte."""
-    from pack import pack_source, unpack_source
+def bundled(shipped: bytes, source: str) -> bool | None:
+    """Whether a file is the bundle for a record that is made of this source.
 
-    again = pack_source(source)
-    if packed == again:
-        return True
+    None: the same program below the same head, but written by another version of Python.
+    """
     try:
-        found, expected = (ast.dump(ast.parse(unpack_source(p))) for p in (packed, again))
-    except (ValueError, SyntaxError):  # not packed, damaged, or no Python
+        again = bundle(source, for_record=True)
+        if shipped == again:
+            return True
+        (head, text), (expected_head, expected) = unbundle(shipped), unbundle(again)
+        if head != expected_head or text == expected:  # equal texts: another lzma made them
+            return head == expected_head
+        return None if ast.dump(ast.parse(text)) == ast.dump(ast.parse(expected)) else False
+    except (ValueError, SyntaxError):
         return False
-    return None if found == expected else False
 
 
 def check_code(record: Record, report: Report) -> None:
@@ -195,13 +198,15 @@ def check_code(record: Record, report: Report) -> None:
         if run.facts["code"] != dict(bytes=size, sha256=digest)
     ]
     if readable.is_file():
-        same = packs(shipped.read_bytes(), readable.read_text(encoding="utf-8"))
+        same = bundled(shipped.read_bytes(), readable.read_text(encoding="utf-8"))
         if same is False:
-            problems.append("train_gpt.py is not what records/pack.py makes of the readable source")
+            problems.append(
+                "train_gpt.py is not what records/bundle.py makes of its readable source"
+            )
         elif same is None:
-            report.add("code", None, "train_gpt.py was packed by another version of Python or pack")
+            report.add("code", None, "train_gpt.py was bundled by another version of Python")
     elif "class Config" not in shipped.read_text(encoding="utf-8", errors="replace"):
-        problems.append("train_gpt_readable.py is missing: train_gpt.py is packed")
+        problems.append("train_gpt_readable.py is missing: train_gpt.py is bundled")
     report.faults("code", problems, f"every run ran train_gpt.py, sha256 {digest[:16]}...")
 
 

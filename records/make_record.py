@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import page
+from bundle import bundle
 from linter import lint
 from runs import (
     RECORD_TRACK,
@@ -97,10 +98,11 @@ def new(args: argparse.Namespace) -> int:
         "audit.py": Path(__file__).with_name("audit.py").read_bytes(),
         "train_gpt.py": source.encode(),
     }
-    if not args.no_pack:
-        from pack import pack_source
-
-        files["train_gpt.py"] = pack_source(source)
+    if not args.no_bundle:
+        try:
+            files["train_gpt.py"] = bundle(source, for_record=True)
+        except ValueError as error:
+            raise RecordError(f"train_gpt.py: {error}") from error
         files["train_gpt_readable.py"] = source.encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
@@ -291,7 +293,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="its command.sh")
     sub.add_argument("--nproc", type=int, default=8, help="processes of a run (default 8)")
     sub.add_argument("--seeds", type=seed_list, default=[42, 314, 999], metavar="N,N,...")
-    sub.add_argument("--no-pack", action="store_true", help="ship the readable source itself")
+    sub.add_argument("--no-bundle", action="store_true", help="ship the readable source itself")
     sub = commands.add_parser("finish", help="write README.md, submission.json and pictures")
     sub.set_defaults(job=finish)
     sub.add_argument("folder", type=Path, metavar="FOLDER")

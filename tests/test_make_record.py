@@ -1,14 +1,15 @@
 """records/make_record.py: from three runs to a folder, and every fault its linter must find."""
 
 import json
+import lzma
 import os
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -20,6 +21,7 @@ import train_gpt as t
 
 ROOT = Path(t.__file__).parent
 sys.path.insert(0, str(ROOT / "records"))
+import bundle  # noqa: E402
 import linter  # noqa: E402
 import make_record  # noqa: E402
 import page  # noqa: E402
@@ -684,35 +686,43 @@ def test_what_a_run_did_not_record_or_finish_is_a_remark(tmp_path, monkeypatch):
     assert "seed42: sha256 of its artifact: not recorded" in text
 
 
-class Packer(SimpleNamespace):
-    """A stand-in for records/pack.py, whose packing takes seconds."""
+READABLE = "class Config:\n    pass\n\n\nx = 1  # a comment\n"
+BUNDLE = bundle.bundle(READABLE, for_record=True)
+OTHER_TEXT = "class Config: pass\nx = 1\n"  # the same program, as another Python may write it
 
-    @staticmethod
-    def pack_source(source: str) -> bytes:
-        return b"# packed\n" + source.encode()[::-1]
 
-    @staticmethod
-    def unpack_source(packed: bytes) -> str:
-        if not packed.startswith(b"# "):
-            raise ValueError("not a packed file")
-        return packed.partition(b"\n")[2][::-1].decode()
+def rebuilt(text, head=b"", tail=b"", preset=0):
+    """BUNDLE by another lzma, perhaps with another text, more in the head or after the program."""
+    data = lzma.compress(text.encode(), format=lzma.FORMAT_ALONE, preset=preset)
+    for byte, code in zip(b"=\0\n\r", b"dabc", strict=True):
+        data = data.replace(bytes([byte]), b"=%c" % code)
+    head, data = bundle.unbundle(BUNDLE)[0] + head, data + tail
+    return head + bundle.MARK + b"%08x" % zlib.crc32(head + data) + data
+
+
+TEXT = bundle.unbundle(BUNDLE)[1]
+NOT_MADE = "is not what records/bundle.py makes"
 
 
 @pytest.mark.parametrize(
     ("shipped", "verdict", "says"),
     [
-        (Packer.pack_source("x = 1  # Config\n"), True, "every run ran train_gpt.py"),
-        (Packer.pack_source("x = 2\n"), False, "is not what records/pack.py makes"),
-        (b"exec(download())\n", False, "is not what records/pack.py makes"),
-        (b"# other head\n" + b"x = 1\n"[::-1], None, "packed by another version of Python"),
+        (BUNDLE, True, "every run ran train_gpt.py"),
+        (rebuilt(TEXT), True, "every run ran train_gpt.py"),
+        (rebuilt(OTHER_TEXT), None, "bundled by another version of Python"),
+        (rebuilt(TEXT + "x = 2\n"), False, NOT_MADE),
+        (rebuilt(TEXT, head=b"\nx = 2"), False, NOT_MADE),
+        (rebuilt(OTHER_TEXT, head=b"\nx = 2"), False, NOT_MADE),
+        (rebuilt(TEXT, tail=b"\nx = 2"), False, NOT_MADE),
+        (rebuilt(TEXT) + b"\nx = 2", False, NOT_MADE),
+        (bundle.bundle(READABLE, for_record=False), False, NOT_MADE),
+        (bundle.bundle(READABLE + "#", for_record=True), False, NOT_MADE),
+        (b"exec(download())\n", False, NOT_MADE),
     ],
 )
-def test_the_readable_source_must_be_what_the_packed_file_packs(
-    shipped, verdict, says, copy, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "pack", Packer)
+def test_a_bundle_must_be_what_bundling_its_readable_source_gives(shipped, verdict, says, copy):
     (copy / "train_gpt.py").write_bytes(shipped)
-    (copy / "train_gpt_readable.py").write_text("x = 1  # Config\n")
+    (copy / "train_gpt_readable.py").write_text(READABLE)
     facts = dict(bytes=len(shipped), sha256=t.hashlib.sha256(shipped).hexdigest())
     for seed in SEEDS:
         edit(copy / f"seed{seed}.json", lambda r: r.update(code=facts))
@@ -723,8 +733,8 @@ def test_the_readable_source_must_be_what_the_packed_file_packs(
     assert report.clean == (verdict is not False)
 
 
-def test_a_packed_file_without_its_readable_source_is_a_fault(copy):
-    (copy / "train_gpt.py").write_text("exec(something)")
+def test_a_bundle_without_its_readable_source_is_a_fault(copy):
+    (copy / "train_gpt.py").write_bytes(BUNDLE)
     assert "train_gpt_readable.py is missing" in faults(copy)["code"]
 
 
@@ -765,7 +775,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
     source = ROOT / "records" / "track_10min_16mb" / "2026-03-23_System578"
-    words = ["new", "Wide", f"--from={source}", "--no-pack", "MLP_MULT=3.5", "DATA_DIR=my data"]
+    words = ["new", "Wide", f"--from={source}", "--no-bundle", "MLP_MULT=3.5", "DATA_DIR=my data"]
     assert make_record.main(words) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Wide")
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -795,24 +805,30 @@ def places(folder):
 
 
 def test_new_says_where_the_data_is_from_inside_the_folder(elsewhere):
-    assert make_record.main(["new", "Full", "--no-pack"]) == 0
-    assert make_record.main(["new", "Sample", "--no-pack", "--nproc=1", "SMOKE=1"]) == 0
+    assert make_record.main(["new", "Full", "--no-bundle"]) == 0
+    assert make_record.main(["new", "Sample", "--no-bundle", "--nproc=1", "SMOKE=1"]) == 0
     full, sample = (next(elsewhere.glob(f"*/*_{name}")) for name in ("Full", "Sample"))
     assert places(full) == {"DATA_DIR": ROOT / "data"}
     data = ROOT / "data" / "sample"
     assert places(sample) == {"DATA_PATH": data, "TOKENIZER_PATH": data / "tokenizer.model"}
-    words = ["new", "Other", "--no-pack", "--nproc=1", f"--from={sample}"]
+    words = ["new", "Other", "--no-bundle", "--nproc=1", f"--from={sample}"]
     assert make_record.main(words) == 0
     assert places(next(elsewhere.glob("*/*_Other"))) == places(sample)
 
 
-def test_new_packs_the_program_and_keeps_its_readable_source(elsewhere, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pack", Packer)
+def test_new_bundles_the_program_and_keeps_its_readable_source(elsewhere):
     assert make_record.main(["new", "Small"]) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Small")
     source = Path(t.__file__).read_text(encoding="utf-8")
-    assert (folder / "train_gpt.py").read_bytes() == Packer.pack_source(source)
+    assert (folder / "train_gpt.py").read_bytes() == bundle.bundle(source, for_record=True)
     assert (folder / "train_gpt_readable.py").read_text(encoding="utf-8") == source
+
+
+def test_new_refuses_a_program_that_cannot_be_bundled(elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(bundle, "LIMIT_BYTES", 10_000)
+    assert make_record.main(["new", "Small"]) == 2
+    assert "bytes, limit 10,000" in capsys.readouterr().err
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize(
@@ -828,7 +844,7 @@ def test_new_packs_the_program_and_keeps_its_readable_source(elsewhere, monkeypa
     ],
 )
 def test_new_refuses_in_one_line_each_and_leaves_nothing(words, says, elsewhere, capsys):
-    assert make_record.main(["new", "--no-pack", *words]) == 2
+    assert make_record.main(["new", "--no-bundle", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(says)
     assert all(words in line for words, line in zip(says, lines, strict=True))
@@ -836,10 +852,10 @@ def test_new_refuses_in_one_line_each_and_leaves_nothing(words, says, elsewhere,
 
 
 def test_new_does_not_touch_a_folder_that_exists(elsewhere, capsys):
-    assert make_record.main(["new", "--no-pack", "Twice"]) == 0
+    assert make_record.main(["new", "--no-bundle", "Twice"]) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Twice")
     (folder / "command.sh").write_text("mine")
-    assert make_record.main(["new", "--no-pack", "Twice"]) == 2
+    assert make_record.main(["new", "--no-bundle", "Twice"]) == 2
     assert "exists; choose another name" in capsys.readouterr().err
     assert (folder / "command.sh").read_text() == "mine"
     assert len(list(folder.parent.iterdir())) == 1
@@ -855,7 +871,7 @@ def test_the_commands_that_new_prints_lead_to_a_clean_folder(dataset, tmp_path, 
     (tmp_path / "set" / "verified.json").write_text(json.dumps(verified))
     small = conftest.tiny_settings(tmp_path / "set", tmp_path) | {"TTT_EPOCHS": "1"}
     del small["LOG_DIR"]
-    words = ["Tiny", "--no-pack", "--track=track_non_record_16mb", "--nproc=1", "--seeds=1,2"]
+    words = ["Tiny", "--track=track_non_record_16mb", "--nproc=1", "--seeds=1,2"]
     assert make_record.main(["new", *words, *(f"{k}={v}" for k, v in small.items())]) == 0
     change_folder, loop, _, finishing, checking = capsys.readouterr().out.splitlines()[2:]
     folder = Path(shlex.split(change_folder)[1]).resolve()

@@ -1,24 +1,22 @@
-"""records/pack.py: the packed file is the same program, small, and fails in one line if damaged."""
+"""records/bundle.py: a bundle is the same program, small, legal, and refused if damaged."""
 
 import ast
 import json
-import lzma
 import re
 import subprocess
 import symtable
 import sys
+import zlib
 from pathlib import Path
 
 import conftest
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train_gpt as t
 
 ROOT = Path(t.__file__).parent
 sys.path.insert(0, str(ROOT / "records"))
-import pack  # noqa: E402 -- a tool beside the records
+import bundle  # noqa: E402 -- a tool beside the records
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 # Every kind of thing that stripping and renaming must get right.
@@ -80,45 +78,17 @@ def run(path, *args, **env):
     )
 
 
-def write(folder, source, name="program.py"):
+def write(folder, source, name="program.py", *, for_record=False):
     path = folder / name
-    path.write_bytes(pack.pack_source(source))
+    path.write_bytes(bundle.bundle(source, for_record=for_record))
     return path
-
-
-# --- the coder ------------------------------------------------------------------------------
-
-
-@given(st.text(st.characters(max_codepoint=127), max_size=60) | st.text("ab (\n", max_size=200))
-@settings(max_examples=30, deadline=None)
-def test_what_is_compressed_is_expanded_to_the_same_text_by_bytes_of_a_comment(text):
-    data = pack.compress(text)
-    assert pack.expand(data) == text
-    assert not {0, 10, 13} & set(data), "they would end the comment, or Python would refuse them"
-
-
-def test_a_text_that_is_not_ascii_is_refused():
-    with pytest.raises(ValueError, match="ASCII"):
-        pack.compress("é")
-
-
-def test_a_text_of_one_repeated_line_costs_nearly_nothing():
-    line = "def forward(self, x): return self.norm(x)\n"
-    assert len(pack.compress(line * 40)) < len(pack.compress(line)) + 40
-
-
-def test_the_logistic_tables_are_the_logistic_function():
-    squash, stretch, _, _ = pack.tables()
-    for x in range(-2047, 2048, 89):
-        assert squash[x + 2047] / 65536 == pytest.approx(1 / (1 + t.math.exp(-x / 256)), abs=2e-3)
-    assert all(abs(squash[stretch[p >> 4] + 2047] - p) < 600 for p in range(40, 65500, 333))
 
 
 # --- the program ----------------------------------------------------------------------------
 
 
-def bare(source, *, sentences=True):
-    """The tree without docstrings and annotations, and without the texts of --help if so asked."""
+def bare(source):
+    """The tree without docstrings and annotations."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         kind = type(node)
@@ -134,10 +104,6 @@ def bare(source, *, sentences=True):
             for place, part in enumerate(block):
                 if kind is not ast.ClassDef and isinstance(part, ast.AnnAssign) and part.value:
                     block[place] = ast.Assign([part.target], part.value, lineno=1)
-        if not sentences and kind is ast.Call and ast.unparse(node.func) == "knob":
-            node.args[1].value = ""
-        if not sentences and kind is ast.Module:
-            node.body[0].value.value = ""
     return tree
 
 
@@ -162,51 +128,21 @@ def scopes(table):
     return table.get_name(), [sorted(k) for k in kinds], [scopes(c) for c in table.get_children()]
 
 
-def top_names(tree):
-    """Every name that the top of a file gives a function or a variable, in order."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            yield node.name
-        elif isinstance(node, ast.Assign):
-            yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and stored(n))
-
-
-def stored(name):
-    return isinstance(name.ctx, ast.Store)
-
-
-def name_back(tree, other):
-    """Undo the short names of functions and constants: one to one, and never another's name."""
-    pairs = dict(zip(top_names(other), top_names(tree), strict=True))
-    assert len(set(pairs.values())) == len(pairs)
-    changed = {short: name for short, name in pairs.items() if short != name}
-    text = ast.unparse(other)
-    assert not {name for name in changed.values() if re.search(rf"\b{name}\b", text)}
-    for node in ast.walk(other):
-        if isinstance(node, ast.Name):
-            node.id = changed.get(node.id, node.id)
-        elif node in other.body and isinstance(node, ast.FunctionDef):
-            node.name = changed.get(node.name, node.name)
-        else:
-            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
-            assert not changed.keys() & {word for text in texts for word in text.split(".")}
-    return changed
-
-
 def drop_unused_imports(tree, other):
-    """Imports that only annotations used are not in the packed file, all others are."""
+    """Imports that only annotations used are not in the bundle, all others are."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node, packed in zip(tree.body, other.body, strict=True):
-        if isinstance(node, ast.ImportFrom):
-            left = {alias.name for alias in packed.names}
-            assert not used & {(a.asname or a.name) for a in node.names if a.name not in left}
-            node.names = [alias for alias in node.names if alias.name in left]
+    kept = {ast.dump(node) for node in ast.walk(other) if isinstance(node, ast.alias)}
+    for node in [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]:
+        gone = [alias for alias in node.names if ast.dump(alias) not in kept]
+        assert not used & {a.asname or a.name for a in gone}
+        node.names = [alias for alias in node.names if alias not in gone]
+        if not node.names:
+            tree.body.remove(node)
 
 
-def assert_same_program(readable, packed, *, sentences=True):
-    """Named back, function by function and one to one, the packed tree is the readable one."""
-    tree, other = bare(readable, sentences=sentences), bare(packed, sentences=sentences)
-    name_back(tree, other)
+def assert_same_program(readable, small):
+    """Named back, function by function and one to one, the bundled tree is the readable one."""
+    tree, other = bare(readable), bare(small)
     drop_unused_imports(tree, other)
     found = [scopes(symtable.symtable(ast.unparse(t), "", "exec")) for t in (tree, other)]
     assert found[0] == found[1]
@@ -219,37 +155,38 @@ def assert_same_program(readable, packed, *, sentences=True):
     assert ast.dump(tree) == ast.dump(other)
 
 
+def small_source(source):
+    return bundle.small_source(source, for_record=False)
+
+
 def test_the_small_source_of_every_python_file_here_is_the_same_program():
-    for path in [*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")]:
+    for path in [ROOT / "train_gpt.py", *ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")]:
         source = path.read_text(encoding="utf-8")
-        small = pack.small_source(source)
+        small = small_source(source)
         assert_same_program(source, small)
-        assert len(small) < 0.8 * len(source)
+        assert len(small) < 0.95 * len(source)
 
 
-def test_a_name_that_others_can_reach_stays_and_all_other_functions_get_short_ones():
-    source = "limit = 1\nplace = 2\ndef helper(x): return x + limit\n"
-    source += "def shown(x): return helper(x)\nprint('shown', helper(place=1).limit)"
-    small = pack.small_source(source)
-    assert_same_program(source, small)
-    tops = list(top_names(ast.parse(small)))
-    assert (tops[0], tops[1], tops[3]) == ("limit", "place", "shown")
-    assert len(tops[2]) == 2
+def test_a_class_inside_a_function_and_a_match_keep_the_names_that_others_see():
+    source = "def f(value):\n    class Inner:\n        attribute = 1\n    match value:\n"
+    source += "        case {'a': first, **rest}:\n            pass\n        case [*_, last]:\n"
+    source += "            first = rest = last\n    return Inner.attribute, first, rest, value\n"
+    found, expected = {}, {}
+    exec(small_source(source), found)
+    exec(source, expected)
+    for value in ({"a": 1, "b": 2}, [3, 4]):
+        assert found["f"](value) == expected["f"](value)
 
 
-def test_what_records_and_data_use_of_the_program_keeps_its_name():
-    tops, used = set(top_names(ast.parse(SOURCE))), {"main"}
-    for path in [*ROOT.glob("data/*.py"), *ROOT.glob("records/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "train_gpt":
-                used |= {alias.name for alias in node.names}
-            if isinstance(node, ast.Attribute) and isinstance(
-                node.value, (ast.Name, ast.Attribute)
-            ):
-                name = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-                used |= {node.attr} if name in ("t", "program", "train_gpt") else set()
-    assert used & tops == pack.PUBLIC - {"program"}
-    assert used & tops <= set(top_names(ast.parse(pack.small_source(SOURCE))))
+def test_a_name_that_is_global_outside_an_inner_function_stays_in_all_of_the_outer_one():
+    source = (
+        "try:\n    import json\n    def double(x):\n        return 2 * x\nexcept ImportError:\n"
+    )
+    source += "    pass\ndef f(value):\n    def inner():\n        json = double = 1\n"
+    source += "        return json + double\n    return json.dumps(double(value)), inner()\n"
+    found = {}
+    exec(small_source(source), found)
+    assert found["f"](2) == ("4", 2)
 
 
 @pytest.mark.parametrize(
@@ -263,24 +200,24 @@ def test_the_comparison_of_programs_sees_a_wrong_one(old, new):
         assert_same_program(source, source.replace(old, new))
 
 
-def test_a_small_program_of_every_kind_of_thing_says_the_same_packed(tmp_path):
+def test_a_small_program_of_every_kind_of_thing_says_the_same_bundled(tmp_path):
     readable = tmp_path / "readable.py"
     readable.write_text(PROGRAM, encoding="utf-8")
-    packed = write(tmp_path, PROGRAM)
-    done, again = run(readable, "2"), run(packed, "2")
+    bundled = write(tmp_path, PROGRAM)
+    done, again = run(readable, "2"), run(bundled, "2")
     assert done.returncode == again.returncode == 0, again.stderr
     assert done.stdout == again.stdout
     assert "Config(steps=3) class 2 Pair(left=1, right=2.5)" in again.stdout
-    assert pack.pack_source(PROGRAM) == packed.read_bytes(), "packing twice gives the same bytes"
+    assert write(tmp_path, PROGRAM, "again.py").read_bytes() == bundled.read_bytes()
 
 
 def test_an_error_inside_shows_its_own_line(tmp_path):
     done = run(write(tmp_path, PROGRAM), "0")
     assert done.returncode == 1
     number, line = re.findall(r"line (\d+), in ratio\n +(.*)\n", done.stderr)[-1]
-    assert line == "a=rows/count"
+    assert line == "a = rows / count"
     assert "ZeroDivisionError" in done.stderr
-    small = pack.small_source(PROGRAM).splitlines()
+    small = small_source(PROGRAM).splitlines()
     head = (tmp_path / "program.py").read_bytes().split(b"\n#:")[0].count(b"\n") + 2
     assert small[int(number) - head - 1].strip() == line, "the number counts from the file's head"
 
@@ -298,7 +235,8 @@ def test_importing_runs_no_main_and_functions_can_be_pickled_and_read(tmp_path):
     done = run(script)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "def ratio(count,*,rows=1.0): class Pair(NamedTuple):\n left:int\n right:int=2.5\n\n"
+        "def ratio(count, *, rows=1.0): "
+        "class Pair(NamedTuple):\n    left: int\n    right: int = 2.5\n\n"
     )
 
 
@@ -320,47 +258,110 @@ print(double(torch.arange(20.0)).tolist() == [2.0 * i for i in range(20)])
 """
 
 
-def test_a_triton_kernel_of_a_packed_file_runs(tmp_path):
+def test_a_triton_kernel_of_a_bundle_runs(tmp_path):
     pytest.importorskip("triton")
     done = run(write(tmp_path, KERNEL), TRITON_INTERPRET="1", HOME=str(tmp_path))
     assert done.stdout == "True\n", done.stderr
 
 
-@pytest.mark.parametrize("damage", ["a byte", "the end", "a line more"])
+@pytest.mark.parametrize("damage", ["a byte", "the head", "the end", "a line more"])
 def test_a_damaged_file_fails_in_one_line(tmp_path, damage):
     path = write(tmp_path, "print(1)\n")
-    packed = bytearray(path.read_bytes())
-    packed[-9] ^= 64 if damage == "a byte" else 0
-    path.write_bytes({"the end": packed[:-5], "a line more": packed + b"\n#"}.get(damage, packed))
+    made = bytearray(path.read_bytes())
+    made[{"a byte": -9, "the head": 50}.get(damage, 0)] ^= 2 * (damage in ("a byte", "the head"))
+    path.write_bytes({"the end": made[:-5], "a line more": made + b"\n#"}.get(damage, made))
     done = run(path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{path}: damaged, it must be copied or packed again\n"
+    assert done.stderr == f"{path}: damaged, it must be copied or bundled again\n"
     with pytest.raises(ValueError, match="damaged"):
-        pack.unpack_source(path.read_bytes())
+        bundle.unbundle(path.read_bytes())
+
+
+def test_code_that_follows_the_program_under_a_right_crc_is_no_bundle():
+    head, _, tail = bundle.bundle("print(1)\n", for_record=False).partition(bundle.MARK)
+    for end in (b"\n", b"\r"):
+        data = tail[8:] + end + b"print(2)"
+        forged = b"%b%b%08x%b" % (head, bundle.MARK, zlib.crc32(head + data), data)
+        with pytest.raises(ValueError, match="not a bundle"):
+            bundle.unbundle(forged)
 
 
 def test_the_command_writes_a_whole_file_or_nothing(tmp_path, capsys, monkeypatch):
-    source, out = tmp_path / "readable.py", tmp_path / "packed.py"
+    source, out = tmp_path / "readable.py", tmp_path / "bundled.py"
     source.write_text("print(1)\n")
-    assert pack.main([str(source), str(out)]) == 0
-    assert f"9 bytes, packed {out.stat().st_size:,} bytes" in capsys.readouterr().out
-    assert pack.unpack_source(out.read_bytes()) == "print(1)\n"
+    assert bundle.main([str(source), str(out)]) == 0
+    assert f"9 bytes, bundled {out.stat().st_size:,} bytes" in capsys.readouterr().out
+    assert bundle.unbundle(out.read_bytes())[1] == "print(1)\n"
     out.unlink()
-    for argv in ([], [source, source], [tmp_path / "none.py", out], [tmp_path, out]):
-        assert pack.main([str(word) for word in argv]) == 2
-    monkeypatch.setattr(pack, "LIMIT_BYTES", 100)
-    assert pack.main([str(source), str(out)]) == 2
+    for words in ([source, source], [tmp_path / "none.py", out], [tmp_path, out]):
+        assert bundle.main([str(word) for word in words]) == 2
+    monkeypatch.setattr(bundle, "LIMIT_BYTES", 100)
+    assert bundle.main([str(source), str(out)]) == 2
     source.write_text("print(")
-    assert pack.main([str(source), str(out)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 6
+    assert bundle.main([str(source), str(out)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["readable.py"]
 
 
-def test_without_sentences_help_points_at_the_readable_source():
-    small = pack.small_source(PROGRAM, sentences=False)
-    assert "how many steps" not in small
-    assert "the readable one" in ast.get_docstring(ast.parse(small))
-    assert_same_program(PROGRAM, small, sentences=False)
+# --- what a record must not contain ---
+
+ILLEGAL = """
+import math, sys
+from itertools import chain, count
+MARK = "illegal"
+KEPT, COUNT = 1, 2
+UNREAD = 3
+class Config:
+    steps: int = 5
+    prequant_ttt_epochs: int = 0
+    prequant_ttt_lr: float = 1.0
+class Helper: pass
+def deepest(): return Helper, math.pi
+def deeper(): return deepest(), KEPT
+def shared(): return COUNT
+def fine_tune_on_validation(cfg): return deeper(), shared(), chain(), cfg.prequant_ttt_lr
+def run(cfg):
+    if cfg.steps > 9:
+        if cfg.prequant_ttt_epochs:
+            fine_tune_on_validation(cfg)
+    elif cfg.prequant_ttt_epochs > 0 and cfg.steps:
+        print(MARK)
+    return shared(), next(count(cfg.steps)), sys.byteorder
+"""
+LEGAL = """
+import sys
+from itertools import count
+KEPT, COUNT = 1, 2
+UNREAD = 3
+class Config:
+    steps: int = 5
+def shared(): return COUNT
+def run(cfg):
+    if cfg.steps > 9:
+        pass
+    return shared(), next(count(cfg.steps)), sys.byteorder
+"""
+
+
+def test_a_bundle_for_a_record_lacks_the_illegal_step_and_what_only_that_used():
+    found = bundle.small_source(ILLEGAL, for_record=True)
+    assert ast.dump(ast.parse(found)) == ast.dump(ast.parse(LEGAL))
+    assert_same_program(ILLEGAL, small_source(ILLEGAL))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("SEEN = 'PREQUANT_TTT_LR'", "PREQUANT_TTT is still named"),
+        ("step = Config.prequant_ttt_lr", "prequant_ttt is still named"),
+        ("def other(): fine_tune_on_validation", "fine_tune_on_validation is still named"),
+        ("if cfg.prequant_ttt_epochs:\n    pass\nelse:\n    x = 1", "line 23: .* has an else"),
+    ],
+)
+def test_a_bundle_for_a_record_that_would_still_name_the_illegal_step_is_refused(more, says):
+    with pytest.raises(ValueError, match=says):
+        bundle.bundle(ILLEGAL + more + "\n", for_record=True)
+    bundle.bundle(ILLEGAL + more + "\n", for_record=False)
 
 
 # --- train_gpt.py ---------------------------------------------------------------------------
@@ -370,29 +371,38 @@ import inspect, json, linecache, sys
 import train_gpt as p
 assert p.main(["--help"], {}) == 0
 assert p.main(["--nonsense"], {}) == 2
+assert p.main([], {"PREQUANT_TTT_EPOCHS": "0", "SMOKE": "1"}) == 2
 assert "return" in inspect.getsource(p.GPT.forward)
 open(sys.argv[2], "w").writelines(linecache.getlines(p.__file__))
 sys.exit(p.main([], json.loads(sys.argv[1])))
 """
 
 
-def test_the_packed_train_gpt_is_small_and_the_same_program_to_the_artifact(dataset, tmp_path):
-    packed = write(tmp_path, SOURCE, "train_gpt.py")
-    size = packed.stat().st_size
-    assert size <= 25_000
-    assert size < 0.9 * len(lzma.compress(pack.small_source(SOURCE).encode(), preset=9))
+def test_a_bundle_of_train_gpt_for_a_record_is_small_legal_and_makes_the_same_artifact(
+    dataset, tmp_path, capsys
+):
+    made = write(tmp_path, SOURCE, "train_gpt.py", for_record=True)
+    size = made.stat().st_size
+    assert size <= 45_000
     small = dict(NUM_LAYERS=3, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1, ITERATIONS=3, VAL_TOKENS=100)
     small |= dict(TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, GPTQ_CALIBRATION_BATCHES=1)
     env = conftest.tiny_settings(dataset, tmp_path) | {k: str(v) for k, v in small.items()}
     assert t.main([], {**env, "RUN_ID": "readable"}) == 0
+    capsys.readouterr()
+    assert t.main(["--help"], {}) == 0
+    sentences = capsys.readouterr().out.splitlines()
     (tmp_path / "use.py").write_text(USE)
-    settings_text = json.dumps({**env, "RUN_ID": "packed"})
+    settings_text = json.dumps({**env, "RUN_ID": "bundled"})
     done = run(tmp_path / "use.py", settings_text, str(tmp_path / "lines"))
     assert done.returncode == 0, done.stderr
-    assert "  MATRIX_BITS " in done.stdout
+    missing = [line for line in sentences if line not in done.stdout.splitlines()]
+    assert missing, "the settings of the illegal step"
+    assert all(line.strip().startswith("PREQUANT_TTT_") for line in missing), missing
     assert f" code_bytes={size} " in done.stdout
     assert "--nonsense: expected no arguments" in done.stderr
-    blobs = [(tmp_path / "logs" / f"{name}.bin").read_bytes() for name in ("readable", "packed")]
+    assert "PREQUANT_TTT_EPOCHS: not a setting" in done.stderr
+    blobs = [(tmp_path / "logs" / f"{name}.bin").read_bytes() for name in ("readable", "bundled")]
     assert blobs[0] == blobs[1]
     text = (tmp_path / "lines").read_text().partition("\n#:\n")[2]
-    assert_same_program(SOURCE, text, sentences=ast.get_docstring(ast.parse(text)) == t.__doc__)
+    assert text.rstrip() == bundle.small_source(SOURCE, for_record=True).rstrip()
+    assert not re.search("prequant_ttt|fine_tune_on_validation", text, re.IGNORECASE)
