@@ -302,7 +302,7 @@ def timing_page(record: dict) -> list[str]:
 
 
 def train(cfg: t.Config, args: argparse.Namespace) -> int:
-    """Train, quantize and score under --set, then write the page; returns the exit status."""
+    """Train, quantize and score, then write the page; returns the exit status of the run."""
     chosen = dict(
         LOG_DIR=args.out.resolve(),
         RUN_ID=f"seed{cfg.seed}",
@@ -313,7 +313,8 @@ def train(cfg: t.Config, args: argparse.Namespace) -> int:
         TRAIN_LOG_EVERY=25,
         TTT_ENABLED=0,
     )
-    chosen = {name: str(value) for name, value in chosen.items()} | pairs(args.set)
+    chosen = {name: str(value) for name, value in chosen.items()}
+    chosen |= pairs(args.set) | pairs(args.ours_set)
     program = Program("ours", ROOT / "train_gpt.py", {})
     status = subprocess.run(command(program, args.ranks), env={**os.environ, **chosen}).returncode
     if status == 0:
@@ -662,8 +663,8 @@ def profiled(rt: t.Runtime, kinds: collections.Counter, kind_of):
 def book(events, kind_of, *, cuda: bool) -> collections.Counter:
     """Seconds by class. On a GPU each kernel counts once, by its name.
 
-    A kernel's name does not tell the head's products from others: the operations that launched
-    kernels know their shapes, and move their time from one class to the other.
+    The name of a matrix product's kernel does not say whether it is the head's. The operation that
+    launched it has the shapes, so its time is moved from one class to the other.
     """
     seconds = collections.Counter()
     for event in events:

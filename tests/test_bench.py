@@ -384,6 +384,17 @@ def test_a_profile_books_a_step_to_classes_beside_their_floors(dataset, tmp_path
         assert f"| attention | {part['ms']['attention']:.3f} |" in page
 
 
+def test_a_profiled_step_keeps_documents_apart_where_the_program_does(tiny_env, rt, monkeypatch):
+    found, find = [], t.find_documents
+    monkeypatch.setattr(t, "find_documents", lambda tokens: found.append(1) or find(tokens))
+    for packing in (0, 1):
+        cfg = t.Config.from_env({**tiny_env, "DOC_PACKING": str(packing)}, cuda=False)
+        with bench.training(cfg, rt) as halves_of:
+            gradients, _ = halves_of(t.depth_plan(cfg, looped=False))
+            gradients()
+        assert len(found) == packing * cfg.micro_batches(1)
+
+
 def test_a_plan_that_no_loop_changes_is_profiled_once(tiny_cfg):
     assert list(bench.both_plans(t.dataclasses.replace(tiny_cfg, num_loops=0))) == ["plain"]
     assert isinstance(bench.arguments([]), argparse.Namespace)
