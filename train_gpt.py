@@ -558,8 +558,12 @@ def help_text() -> str:
 # calls.
 # ---------------------------------------------------------------------------------------------
 
-# Dense bf16 operations per second of one device, by the vendor's data sheets.
-PEAK_BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 311.9e12}
+# Of one SXM device, by the vendor's data sheets: dense bf16 FLOP/s, and bytes/s of its memory.
+PEAKS: dict[str, tuple[float, float]] = {
+    "H100": (989.4e12, 3.35e12),
+    "H200": (989.4e12, 4.8e12),
+    "A100": (311.9e12, 2.039e12),
+}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
 
 
@@ -785,7 +789,7 @@ class Runtime:
     def peak_flops(self) -> float | None:
         """Dense bf16 operations per second of one device by its data sheet, if it is known."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+        return next((flops for key, (flops, _) in PEAKS.items() if key in name), None)
 
     def describe(self) -> dict[str, Any]:
         """Hardware and versions: what a stranger needs to know to repeat a run."""
@@ -2614,7 +2618,7 @@ def apply_gradients(
     """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
 
     A compiled backward hands out all gradients at its end: nothing could leave earlier. Muon takes
-    parts of the sums: 255 MB sent by each of 8 ranks, not 402 (records/profile.md).
+    parts of the sums: 255 MB sent by each of 8 ranks (records/profile.md).
     """
     optimizers, params = list(optimizers), [p for p in model.parameters() if p.requires_grad]
     for parameter in params:

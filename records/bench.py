@@ -3,25 +3,29 @@
 
     python records/bench.py --set DATA_PATH=FOLDER --set TOKENIZER_PATH=FILE
     python records/bench.py --other SCRIPT.py --set DATA_DIR=FOLDER --rounds 3
-    python records/bench.py --profile       # where the time goes, and the floors below it
-    python records/bench.py --paper         # the same counted on paper, for records/profile.md
+    python records/bench.py --profile       # where the time goes, beside the floors of each class
+    python records/bench.py --paper         # those floors by data sheets: records/profile.md
+    python records/bench.py --train 300 --set DATA_PATH=FOLDER --out NEW_FOLDER
 
 Both programs get the same variables, batch and steps, and take turns. A step's time is the distance
 between two lines of the training log by this program's own clock, so it does not matter what a
-script says about itself. Both depth plans come from one run: the loop begins half-way. A script
-ends when its last training line is read. JSON and Markdown go to OUT.
+script says about itself. Both depth plans come from one run: the loop begins half-way. A script is
+stopped after its last training line. JSON and Markdown go to OUT.
+
+--train runs the whole program for that many seconds of training and writes its log, its JSON and a
+README.md with what was seen beside the figures that the authors of #1493 published.
 """
 
 import argparse
 import collections
 import contextlib
 import datetime
-import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,27 +34,34 @@ import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from compare import measures
+from runs import RECORDS, Run, Submission, exit_status, file_digest, markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
+ROOT = RECORDS.parent
 STEP_LINE = re.compile(r"(?:^|[\s:])(\d+)/\d+ train_loss: ?\S+")
 LOOP_LINE = re.compile(r"layer_loop:enabled step:(\d+)|recurrence:activated at step (\d+)")
 CLAIM = re.compile(r"tok/s: ?\d+|step_avg: ?[\d.]+ms")
-PUBLISHED = (
-    "Published by the authors of system #1493, on 8xH100, and not measured here: 102.0 ms a step "
-    "with 11 visits, 150.5 ms with 17, 786,432 tokens a step."
-)
-DATA_SHEETS = {"H100": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}  # FLOP/s bf16, bytes/s
-STAND_IN = '''"""A stand-in for FlashAttention 3: both scripts attend by the same kernels."""
+PUBLISHED = {  # by the authors of system #1493, on 8xH100
+    "training loss at step 1": "9.009",
+    "training loss at step 2": "12.4 to 12.9",
+    "training loss at step 5": "about 8",
+    "training loss at step 500": "3.33",
+    "training loss at step 1000": "3.19",
+    "ms per step, 11 visits": "102.0",
+    "ms per step, 17 visits": "150.5",
+    "tokens per second": "7.71 M, then 5.21 M",
+    "peak memory per GPU": "39.0 GB",
+}
+STAND_IN = '''"""A stand-in for FlashAttention 3: the attention kernels inside PyTorch."""
 
+import torch
 import torch.nn.functional as F
 
 
@@ -58,6 +69,20 @@ def flash_attn_func(q, k, v, causal=False, **options):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, **options
+):
+    if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        window = (-1, 0 if causal else -1)
+        return varlen_attn(q, k, v, *bounds, window_size=window, enable_gqa=True)
+    lengths = [bounds.diff().tolist() for bounds in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)]
+    rows = zip(*(x[None].split(n, 1) for x, n in zip((q, k, v), lengths)))
+    return torch.cat([flash_attn_func(*row, causal)[0] for row in rows if row[0].numel()])
 '''
 
 
@@ -80,6 +105,12 @@ class Line(NamedTuple):
     claim: str
 
 
+def command(program: Program, ranks: int) -> list[str]:
+    """How a script is started, alone or by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(launcher if ranks > 1 else []), str(program.path)]
+
+
 def run_once(
     program: Program, env: dict[str, str], folder: Path, args: argparse.Namespace
 ) -> tuple[list[Line], int | None]:
@@ -89,14 +120,11 @@ def run_once(
     """
     every, tail, lines, loop = args.log_every, collections.deque(maxlen=12), [], None
     last = int(env["ITERATIONS"]) // every * every
-    command = [sys.executable, str(program.path)]
-    if args.ranks > 1:
-        count = f"--nproc_per_node={args.ranks}"
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", count]
     begun = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=folder, env=env, text=True, errors="replace", start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command(program, args.ranks), cwd=folder, env=env, text=True, errors="replace",
+        start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
     timer = threading.Timer(args.timeout, stop, [process])
     timer.start()
@@ -204,13 +232,12 @@ def side_by_side(cfg: t.Config, args: argparse.Namespace) -> dict:
             left = (time.perf_counter() - begun) * (total - number - 1) / (number + 1)
             found = " ".join(f"{plan}:{ms:.2f}ms" for plan, ms in runs[-1]["median_ms"].items())
             say(f"{number + 1}/{total} {program.name} {found} time_left:{left:.0f}s")
-    stand_in = "stand-in by scaled_dot_product_attention, for want of flash_attn_interface"
-    rt = t.Runtime(cfg, {})
+    stand_in = "stand-in by the kernels of PyTorch, because flash_attn_interface is not installed"
     return dict(
-        attention_of_ours=t.select_attention(cfg.attention, rt.device, rt.compute_dtype)[0],
+        attention_of_ours=attention_name(cfg),
         attention_of_other="flash_attn_interface as installed" if has_fa3 else stand_in,
         variables={p.name: p.variables for p in programs} | {"both": pairs(args.set)},
-        sources={p.name: hashlib.sha256(p.path.read_bytes()).hexdigest() for p in programs},
+        sources={p.name: file_digest(p.path) for p in programs},
         runs=runs,
         summary=summarize(runs, cfg, args.ranks),
     )
@@ -233,8 +260,8 @@ def summarize(runs: list[dict], cfg: t.Config, ranks: int) -> dict:
             found["speedup"] = spread([other[r] / ours[r] for r in ours if r in other])
         peak = t.Runtime(cfg, {}).peak_flops()
         if peak and "ours" in found:
-            flops = counts(cfg, t.depth_plan(cfg, looped=plan == "looped"))["flops_per_token"]
-            found["mfu"] = found["ours"]["tokens_per_second"] * flops / peak / ranks
+            per_token = mfu_flops_per_token(cfg, both_plans(cfg)[plan])
+            found["mfu"] = found["ours"]["tokens_per_second"] * per_token / peak / ranks
     return {plan: found for plan, found in summary.items() if found}
 
 
@@ -244,17 +271,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def timing_page(record: dict) -> list[str]:
     """The table of `side_by_side`."""
-    rows = ["| plan | program | ms per step (lowest to highest) | tokens/s | n |"]
-    rows.append("| --- | --- | --: | --: | --: |")
-    notes = []
+    rows, notes = [], []
     for plan, found in record["summary"].items():
         for name in ("ours", "other"):
             if name in found:
                 s = found[name]
                 times = f"{s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f})"
-                rows.append(
-                    f"| {plan} | {name} | {times} | {s['tokens_per_second']:,.0f} | {s['n']} |"
-                )
+                rows.append([plan, name, times, f"{s['tokens_per_second']:,.0f}", s["n"]])
         if "speedup" in found:
             s = found["speedup"]
             notes.append(
@@ -266,152 +289,80 @@ def timing_page(record: dict) -> list[str]:
     if "other" in record["variables"]:
         ours, other = record["attention_of_ours"], record["attention_of_other"]
         notes.append(f"Attention of ours: {ours}. Of the other script: {other}.")
-    return [*rows, "", *notes, PUBLISHED]
-
-
-# --- counted on paper ---
-
-
-class NoAttention(torch.autograd.Function):
-    """In place of a kernel: right shapes and no operation, so that attention is counted apart."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, documents):
-        ctx.save_for_backward(q, k, v)
-        return torch.empty_like(q)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(torch.empty_like(x) for x in ctx.saved_tensors), None
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up the bytes of every operation: inputs read once, outputs written once."""
-
-    FREE = ("_unsafe_view", "empty", "new_empty", "empty_like")
-
-    def __init__(self, vocab_size: int):
-        super().__init__()
-        self.vocab_size, self.bytes = vocab_size, collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if func.is_view or name in self.FREE:
-            return out
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        if any(self.vocab_size in x.shape for x in tensors):
-            kind = "head and loss"
-        else:
-            kind = "matrix products" if name in ("mm", "bmm") else "elementwise"
-        for x in tensors:  # an expanded dimension is read once
-            sizes = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
-            self.bytes[kind] += math.prod(sizes) * x.element_size()
-        return out
-
-
-def meta_model(cfg: t.Config) -> t.GPT:
-    """The model without its numbers."""
-    with torch.device("meta"):
-        return t.GPT(cfg, NoAttention.apply, torch.bfloat16)
-
-
-def op_by_op(cfg: t.Config, plan: t.DepthPlan) -> collections.Counter:
-    """Bytes that the forwards and backwards of a step move if every operation is a pass."""
-    model, micros = meta_model(cfg), cfg.micro_batches(1)
-    rows = cfg.train_batch_tokens // cfg.train_seq_len // micros
-    tokens = torch.empty(rows, cfg.train_seq_len, dtype=torch.int64, device="meta")
-    for _ in range(2):  # from the second on, gradients are added up
-        with Traffic(cfg.vocab_size) as traffic:
-            (model(tokens, tokens, plan=plan) / micros).backward()
-    return collections.Counter({kind: n * micros for kind, n in traffic.bytes.items()})
-
-
-def chains(cfg: t.Config, plan: t.DepthPlan) -> list[tuple[int, int]]:
-    """(inputs, outputs) in numbers per token of the elementwise chains between matrix products."""
-    width, hidden = cfg.model_dim, cfg.mlp_hidden
-    kv = width // cfg.num_heads * cfg.num_kv_heads
-    found = []
-    for visit in plan.visits:
-        skip, push, exclusive = visit.pop >= 0, visit.push, visit.layer >= (
-            cfg.num_layers - cfg.xsa_last_n
-        )  # fmt: skip
-        # Entry: MLP output, stream, x0, perhaps a skip -> stream, normed stream, perhaps a skip.
-        found.append(((3 + skip) * width, (2 + push) * width))
-        found.append((width + kv, width + kv))  # queries and keys: norm, rotation, gain
-        found += [(width + kv, width)] * exclusive
-        sequential = visit.form == "sequential"  # else the MLP reads what attention reads
-        found.append((2 * width, 2 * width) if sequential else (width, 0))
-        found.append((hidden, hidden))  # activation
-    return found
-
-
-def counts(cfg: t.Config, plan: t.DepthPlan) -> dict:
-    """FLOPs of a step, and the fewest bytes: each chain between two matrix products one pass.
-
-    A chain's forward reads its inputs and writes its outputs; its backward reads the gradients of
-    the outputs and the inputs, and writes the gradients of the inputs: 3 inputs + 2 outputs.
-    """
-    model, tokens, visits = meta_model(cfg), cfg.train_batch_tokens, len(plan.visits)
-    kv = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
-    per_token = model.flops_per_token(plan, cfg.train_seq_len)
-    attention = 6.0 * cfg.train_seq_len * cfg.model_dim * visits
-    head = 6.0 * model.head.weight.numel()
-    numbers = sum(3 * inputs + 2 * outputs for inputs, outputs in chains(cfg, plan))
-    return dict(
-        flops_per_token=per_token,
-        flops={
-            "matrix products": tokens * (per_token - attention - head),
-            "attention": tokens * attention,
-            "head and loss": tokens * head,
-        },
-        bytes={
-            "elementwise": 2.0 * tokens * numbers,
-            # Forward q, k, v, out; backward the same, the output's gradient, and dq, dk, dv.
-            "attention": 2.0 * tokens * visits * 6 * (cfg.model_dim + kv),
-            # Logits written and read; their gradient written, and read by two products.
-            "head and loss": 2.0 * tokens * 5 * cfg.vocab_size,
-        },
+    head = ["plan", "program", "ms per step (lowest to highest)", "tokens/s", "n"]
+    times = (f"{PUBLISHED[f'ms per step, {n} visits']} ms with {n} visits" for n in (11, 17))
+    notes.append(
+        "Published by the authors of system #1493, on 8xH100, and not measured here: "
+        f"{' and '.join(times)}, 786,432 tokens a step."
     )
+    return [*markdown_table(head, rows), "", *notes]
 
 
-def optimizer_counts(cfg: t.Config, ranks: int) -> dict[str, float]:
-    """Of one rank: Newton-Schulz FLOPs, bytes moved, and bytes sent, before and after parts.
+# --- the whole program for some minutes ---
 
-    `hidden` are the bytes of the updates that travel while another shape is computed.
-    """
-    groups = t.parameter_groups(meta_model(cfg), cfg)
-    shapes = collections.Counter(tuple(p.shape) for p in groups["matrix"])
-    flops, padded = 0, []
-    for (rows, cols), count in shapes.items():
-        small, large, part = min(rows, cols), max(rows, cols), -(-count // ranks)
-        flops += part * cfg.muon_backend_steps * (4 * small**2 * large + 2 * small**3)
-        padded.append(part * ranks * rows * cols)
-    matrices = sum(rows * cols * count for (rows, cols), count in shapes.items())
-    others = sum(p.numel() for name in ("embedding", "scalar") for p in groups[name])
-    hop = (ranks - 1) / ranks  # of a message, what a rank sends in a reduce-scatter or all-gather
-    return dict(
-        flops=flops,
-        # A matrix: gradient and momentum of this part; weight and average, read and written.
-        # AdamW: gradient, two moments, weight and average.
-        bytes=4 * ((3 / ranks + 4) * matrices + 9 * others),
-        before=hop * (2 * 4 * (matrices + others) + 4 * sum(padded)),
-        after=hop * (4 * sum(padded) + 2 * 4 * others + 2 * sum(padded)),
-        hidden=hop * 2 * (sum(padded) - min(padded)),
+
+def train(cfg: t.Config, args: argparse.Namespace) -> int:
+    """Train, quantize and score, then write the page; returns the exit status of the run."""
+    chosen = dict(
+        LOG_DIR=args.out.resolve(),
+        RUN_ID=f"seed{cfg.seed}",
+        SEED=cfg.seed,
+        MAX_WALLCLOCK_SECONDS=args.train,
+        VAL_TOKENS=2_000_000,
+        VAL_LOSS_EVERY=0,
+        TRAIN_LOG_EVERY=25,
+        TTT_ENABLED=0,
     )
+    chosen = {name: str(value) for name, value in chosen.items()}
+    chosen |= pairs(args.set) | pairs(args.ours_set)
+    program = Program("ours", ROOT / "train_gpt.py", {})
+    status = subprocess.run(command(program, args.ranks), env={**os.environ, **chosen}).returncode
+    if status == 0:
+        run = Run.read(Path(chosen["LOG_DIR"]) / f"{chosen['RUN_ID']}.json")
+        page = "\n".join(train_page(run, chosen)) + "\n"
+        t.atomic_write(args.out / "README.md", page.encode())
+        shutil.copy(program.path, args.out)
+        print(page)
+    return status
 
 
-def newton_schulz_bytes(cfg: t.Config) -> tuple[float, float]:
-    """Bytes of the elementwise parts of Newton-Schulz on one rank: op by op, and fused.
+def train_page(run: Run, variables: dict[str, str]) -> list[str]:
+    """What a run logged beside what was published: speed and losses, then bits per byte."""
+    facts, result = run.facts, run.result
+    last, batch = facts["curve"][-1], run.settings["train_batch_tokens"]
+    found = {f"training loss at step {e['step']}": e["train_loss"] for e in facts["curve"]}
+    for key, ms in facts["step_ms"].items():
+        found[f"ms per step, {key.replace('_', ' ')}"] = f"{ms:.1f}"
+    speed = (last["step"] - 1) * batch / last["train_seconds"]
+    found["tokens per second"] = f"{speed:,.0f}, mean of the run"
+    if "peak_memory_bytes" in facts:
+        found["peak memory per GPU"] = f"{facts['peak_memory_bytes'] / 1e9:.1f} GB"
+    shown = {k: v if isinstance(v, str) else f"{v:.4f}" for k, v in found.items()}
+    rows = [[name, value, PUBLISHED.get(name, "")] for name, value in shown.items()]
+    theirs = Submission.read(RECORDS / "published" / "1493.json")
+    known = measures(theirs.stages)
+    for name, (value,) in measures({stage: [bpb] for stage, bpb in run.bpb.items()}).items():
+        mean = f"{statistics.fmean(known[name]):.4f}" if name in known else ""
+        rows.append([f"{name} [bpb]", f"{value:.4f}", mean])
+    rows.append(["total [bytes]", f"{result['total_bytes']:,}", f"{theirs.size('bytes_total'):,}"])
+    places = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "LOG_DIR")
+    words = " ".join(f"{k}={v}" for k, v in variables.items() if k not in places)
+    data = facts["data"]
+    about = (
+        "A check of the program, not a record: n = 1, scored on "
+        f"{data['val_tokens']:,} targets ({data['val_bytes']:,} bytes). Compare the published bits "
+        "per byte only if these are the challenge's validation text; differences between stages "
+        f"compare better. Made from `{run.name}.json`; the log is `{run.name}.txt`."
+    )
+    return [
+        f"# {result['steps']} steps beside system #1493", "", *wrap(about), "",
+        f"{run.hardware}, torch {facts['runtime']['torch']}.", "",
+        f"    {words} python train_gpt.py", "",
+        *markdown_table(["figure", "here", "published, 8xH100"], rows),
+    ]  # fmt: skip
 
-    With m and n the smaller and larger side, op by op an iteration scales the m x m product twice
-    and adds (7 m^2), scales the matrix and adds (5 m n); fused, it scales once and adds (5 m^2),
-    and adds (3 m n). bf16.
-    """
-    sides = [sorted(p.shape) for p in t.parameter_groups(meta_model(cfg), cfg)["matrix"]]
-    square, whole = sum(m * m for m, _ in sides), sum(m * n for m, n in sides)
-    steps = 2.0 * cfg.muon_backend_steps
-    return steps * (7 * square + 5 * whole), steps * (5 * square + 3 * whole)
+
+# --- the inside of the program: these functions alone know its classes ---
 
 
 def both_plans(cfg: t.Config) -> dict[str, t.DepthPlan]:
@@ -420,137 +371,238 @@ def both_plans(cfg: t.Config) -> dict[str, t.DepthPlan]:
     return plans if plans["plain"] != plans["looped"] else {"plain": plans["plain"]}
 
 
-def table(head: list[str], rows: list[list]) -> list[str]:
-    """Markdown; numbers to one decimal."""
-    shown = [[x if isinstance(x, str) else f"{x:,.1f}" for x in row] for row in rows]
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *shown)]
+def meta_model(cfg: t.Config) -> t.GPT:
+    """The model without its numbers."""
+    with torch.device("meta"):
+        return t.GPT(cfg)
+
+
+def mfu_flops_per_token(cfg: t.Config, plan: t.DepthPlan) -> float:
+    """What MFU counts: a backward of attention as twice its forward, though kernels do more."""
+    return meta_model(cfg).flops_per_token(plan, cfg.train_seq_len)
+
+
+def matrices(cfg: t.Config, plan: t.DepthPlan) -> tuple[list[torch.Size], torch.Size]:
+    """Shapes (outputs, inputs) of the matrices that a forward uses, once a visit; the head's."""
+    model = meta_model(cfg)
+    modules = (m for visit in plan.visits for m in model.blocks[visit.layer].modules())
+    return [m.weight.shape for m in modules if isinstance(m, t.Linear)], model.head.weight.shape
+
+
+def optimizer_tensors(cfg: t.Config, ranks: int) -> tuple[list[list[torch.Size]], int]:
+    """Shapes of the matrices of each batch of Muon, and how many numbers AdamW has."""
+    rt = t.Runtime(cfg, {"WORLD_SIZE": str(ranks)})
+    optimizers = t.make_optimizers(meta_model(cfg), cfg, rt)
+    batches = [[p.shape for p in params] for params in optimizers.pop("matrix").batches]
+    others = (p for o in optimizers.values() for p in o.param_groups[0]["params"])
+    return batches, sum(p.numel() for p in others)
+
+
+def attention_name(cfg: t.Config) -> str:
+    """The attention kernel that the program chooses on this machine."""
+    rt = t.Runtime(cfg, {})
+    packed = cfg.doc_packing
+    return t.select_attention(cfg.attention, rt.device, rt.compute_dtype, packed=packed)[0]
+
+
+Halves = tuple[Callable[[], None], Callable[[], None]]
+
+
+@contextlib.contextmanager
+def training(cfg: t.Config, rt: t.Runtime) -> Iterator[Callable[[t.DepthPlan], Halves]]:
+    """A function from a plan to the two halves of its steps: all gradients, and the update."""
+    here = rt.device, rt.compute_dtype
+    _, kernel, _ = t.select_attention(cfg.attention, *here, packed=cfg.doc_packing)
+    _, kernels, _ = t.select_kernels(cfg.kernels, *here)
+    model = t.GPT(cfg, kernel, rt.compute_dtype, kernels)
+    model.init_weights(cfg.seed)
+    forward = rt.compile(model.to(rt.device))
+    loader = t.Loader(
+        t.find_shards(cfg.dataset_dir, "train"),
+        seq_len=cfg.train_seq_len, vocab_size=cfg.vocab_size, seed=cfg.seed, order=cfg.loader,
+    )  # fmt: skip
+
+    def halves(plan: t.DepthPlan) -> Halves:
+        optimizers, ema = t.make_optimizers(model, cfg, rt), t.Ema(model, cfg.ema_decay)
+        t.set_schedule(optimizers, 0, 0.0, cfg)
+        plan, count = plan._replace(packed=cfg.doc_packing), cfg.micro_batches(rt.world_size)
+
+        def gradients() -> None:
+            for micro in next(batches).chunk(count):
+                loss = forward(*t.inputs_and_targets(micro), plan=plan)
+                (loss / count / rt.world_size).backward()
+
+        def update() -> None:
+            t.apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
+            ema.update()
+
+        return gradients, update
+
+    batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
+    with contextlib.closing(batches):
+        yield halves
+
+
+# --- counted on paper ---
+
+
+class Operation(NamedTuple):
+    """Work that is done in one piece: its class, operations, and bytes read and written once."""
+
+    kind: str
+    flops: float
+    bytes: float
+
+
+def products(kind: str, shape: torch.Size, tokens: int, passes: int) -> list[Operation]:
+    """A matrix (outputs, inputs): forward, gradient of the input, gradient of the weight; bf16.
+
+    Each reads two of input, weight and output and writes the third; the weight once a pass.
+    """
+    outputs, inputs = shape
+    numbers = tokens * (inputs + outputs) + passes * outputs * inputs
+    return 3 * [Operation(kind, 2.0 * tokens * outputs * inputs, 2.0 * numbers)]
+
+
+def operations(cfg: t.Config, plan: t.DepthPlan) -> list[Operation]:
+    """The matrix products, attention and loss of a step, of all ranks together."""
+    tokens, passes = cfg.train_batch_tokens, cfg.micro_batches(1)
+    width, vocab = cfg.model_dim, cfg.vocab_size
+    both = width + width // cfg.num_heads * cfg.num_kv_heads  # queries or outputs; keys or values
+    shapes, head = matrices(cfg, plan)
+    found = [o for shape in shapes for o in products("matrix products", shape, tokens, passes)]
+    forward = 2.0 * cfg.train_seq_len * width * tokens  # causal: half of the square
+    for _ in plan.visits:
+        # Forward: q, k, v, out, in two products. Backward: these, the gradient of out, and those
+        # of q, k, v, in five products, because it computes q k^T again.
+        found.append(Operation("attention", forward, 2.0 * tokens * 2 * both))
+        found.append(Operation("attention", 2.5 * forward, 2.0 * tokens * 4 * both))
+    found += products("head and loss", head, tokens, passes)  # three passes over logits, and
+    found.append(Operation("head and loss", 0.0, 2.0 * tokens * vocab))  # read by the loss
+    found.append(Operation("head and loss", 0.0, 2.0 * tokens * 2 * vocab))  # and by its gradient
+    return found
+
+
+def optimizer_operations(cfg: t.Config, ranks: int) -> list[Operation]:
+    """Newton-Schulz in bf16 and the update in float32, of one rank, which has its part of Muon."""
+    batches, others = optimizer_tensors(cfg, ranks)
+    found, all_of_muon = [], 0
+    for shapes in batches:
+        m, n = sorted(shapes[0])
+        all_of_muon += len(shapes) * m * n
+        part = -(-len(shapes) // ranks)
+        for flops, numbers in (
+            (2 * m * m * n, m * n + m * m),  # x x^T
+            (2 * m * m * m, 2 * m * m),  # its square
+            (2 * m * m * n, m * m + 2 * m * n),  # their sum times x
+        ):
+            times = part * cfg.muon_backend_steps
+            found.append(Operation("optimizer", float(times * flops), 2.0 * times * numbers))
+    # Muon: gradient, and momentum read and written, of a part; weight and average, read and
+    # written. AdamW: gradient; two moments, weight and average, read and written.
+    numbers = (3 / ranks + 4) * all_of_muon + 9 * others
+    return [*found, Operation("optimizer", 0.0, 4.0 * numbers)]
+
+
+def sent_bytes(cfg: t.Config, ranks: int) -> float:
+    """Bytes that a rank sends in a step: float32 gradients, in parts or all, and bf16 updates."""
+    batches, others = optimizer_tensors(cfg, ranks)
+    padded = sum(-(-len(b) // ranks) * ranks * math.prod(b[0]) for b in batches)
+    hop = (ranks - 1) / ranks  # of a message, what a rank sends in a reduce-scatter or all-gather
+    return hop * ((4 + 2) * padded + 2 * 4 * others)
+
+
+def floor_ms(work: Iterable[Operation], flops_rate: float, bandwidth: float) -> float:
+    """Milliseconds below which no device of these rates does the operations one after the other.
+
+    An operation takes the longer of its two times; another one does not overlap with it.
+    """
+    return 1e3 * sum(max(o.flops / flops_rate, o.bytes / bandwidth) for o in work)
+
+
+def of_kind(work: Iterable[Operation], kind: str) -> list[Operation]:
+    return [o for o in work if o.kind == kind]
 
 
 def paper(cfg: t.Config) -> str:
     """The page records/profile.md."""
-    plans = both_plans(cfg)
-    found = {name: counts(cfg, plan) for name, plan in plans.items()}
-    eager = {name: op_by_op(cfg, plan) for name, plan in plans.items()}
-    names = [f"{name}, {len(plan.visits)} visits" for name, plan in plans.items()]
+    sheets = "; ".join(
+        f"{name} {t.PEAKS[name][0] / 1e12:,.1f} TFLOP/s dense bf16 and "
+        f"{t.PEAKS[name][1] / 1e12:.2f} TB/s"
+        for name in ("H100", "H200")
+    )
     intro = (
         "Nothing on this page was measured: `python records/bench.py --paper` counts it from the "
         f"settings. {cfg.train_batch_tokens:,} tokens a step in sequences of "
         f"{cfg.train_seq_len:,}; {cfg.num_layers} layers {cfg.model_dim} wide; "
-        f"{cfg.vocab_size:,} tokens in the vocabulary. Rates are the vendor's data sheets: 989.4 "
-        "TFLOP/s dense bf16 (H100 and H200), 3.35 TB/s (H100), 4.8 TB/s (H200), 450 GB/s of NVLink "
-        "in one direction. What a device really does, `--profile` measures, with the same floors "
-        "from rates that it measures too."
+        f"{cfg.vocab_size:,} tokens in the vocabulary. Rates are those of the vendor's data "
+        f"sheets, which no real operation reaches: {sheets}. `--profile` measures a step, and the "
+        "same floors at rates measured on the device."
     )
-    passes = (
-        "Op by op, every operation reads its inputs and writes its outputs, norms in their parts: "
-        "no compiler. Once, each chain of elementwise operations between two matrix products is "
-        "one pass forward and one backward, and the head's logits are written, read, and their "
-        "gradients written and read twice, in bf16. The compiler's fusion lies between the two."
+    floors = (
+        "An operation reads its inputs once and writes its outputs once, in bf16, and takes at "
+        "least the longer of its time by FLOPs and its time by bytes; the floor is the sum over "
+        "operations, for this division into operations. Attention executes 3.5 times the FLOPs of "
+        "its forward; MFU counts 3 times by convention. The logits are passed over six times: "
+        "written, read by the loss and by its gradient, which is written and read by two products. "
+        "Elementwise operations and the embedding have no floor here, because fusion can move an "
+        "elementwise operation into a product. The floor of a step includes the optimizer."
     )
-    lines = ["# One step on paper", "", *wrap(intro), ""]
-    lines += ["## Operations", "", *table(["per step", *names], operation_rows(found)), ""]
-    lines += ["## Bytes", "", *wrap(passes), ""]
-    lines += [*table(["per step", *names], byte_rows(found, eager)), ""]
-    lines += [*paper_optimizer(cfg), "", *predictions(cfg, names, found, eager)]
-    return "\n".join(lines) + "\n"
+    optimizer = (
+        "The matrices of one batch of Muon are cut into equal parts, one for each rank, so some "
+        "ranks carry padding. Their gradients travel by reduce-scatter, the others by all-reduce, "
+        "both in float32, and the updates by all-gather in bf16."
+    )
+    lines = ["# One step on paper", "", *wrap(intro), "", "## Floors", "", *wrap(floors), ""]
+    lines += [*step_table(cfg), "", "## Optimizer and messages", "", *wrap(optimizer), ""]
+    return "\n".join([*lines, *optimizer_table(cfg)]) + "\n"
 
 
 def wrap(text: str) -> list[str]:
     return textwrap.wrap(text, 100, break_on_hyphens=False)
 
 
-def operation_rows(found: dict[str, dict]) -> list[list]:
-    """FLOPs by class, and the time they need at the data sheet's rate."""
-    rate, kinds = DATA_SHEETS["H200"][0], next(iter(found.values()))["flops"]
-    rows = [["MFLOP per token", *(f["flops_per_token"] / 1e6 for f in found.values())]]
-    rows += [[f"{k} [TFLOP]", *(f["flops"][k] / 1e12 for f in found.values())] for k in kinds]
-    totals = [1e3 * sum(f["flops"].values()) / rate for f in found.values()]
-    rows.append(["all [TFLOP]", *(ms * rate / 1e15 for ms in totals)])
-    for part, name in ((1.0, "floor"), (0.45, "45 % of the rate")):
-        for devices, words in ((1, "one GPU"), (8, "eight GPUs")):
-            rows.append([f"{name}, {words} [ms]", *(ms / part / devices for ms in totals)])
-    return rows
+def number_table(head: list[str], rows: list[list]) -> list[str]:
+    """A table whose numbers have one decimal."""
+    shown = [[x if isinstance(x, str) else f"{x:,.1f}" for x in row] for row in rows]
+    return markdown_table(head, shown)
 
 
-def byte_rows(found: dict[str, dict], eager: dict[str, dict]) -> list[list]:
-    """Gigabytes of the classes that matrix products do not hide, and their time."""
-    rows = []
-    for kind in ("elementwise", "head and loss"):
-        rows.append([f"{kind}, op by op [GB]", *(e[kind] / 1e9 for e in eager.values())])
-        rows.append([f"{kind}, once [GB]", *(f["bytes"][kind] / 1e9 for f in found.values())])
-    rows.append(["attention [GB]", *(f["bytes"]["attention"] / 1e9 for f in found.values())])
-    once = [sum(f["bytes"].values()) for f in found.values()]
-    for device, (_, bandwidth) in DATA_SHEETS.items():
-        for devices, words in ((1, f"one {device}"), (8, f"eight {device}")):
-            times = (1e3 * n / bandwidth / devices for n in once)
-            rows.append([f"floor of all, once, {words} [ms]", *times])
-    return rows
+def step_table(cfg: t.Config) -> list[str]:
+    """FLOPs, bytes and floors of a step in each plan."""
+    plans = both_plans(cfg)
+    work = {name: operations(cfg, plan) for name, plan in plans.items()}
+    per_token = [mfu_flops_per_token(cfg, plan) for plan in plans.values()]
+    rows = [["MFLOP per token, as MFU counts", *(n / 1e6 for n in per_token)]]
+    step_flops = (n * cfg.train_batch_tokens / 1e12 for n in per_token)
+    rows.append(["all, as MFU counts [TFLOP]", *step_flops])
+    kinds = list(dict.fromkeys(o.kind for o in work["plain"]))
+    for kind in kinds:
+        parts = [of_kind(w, kind) for w in work.values()]
+        rows.append([f"{kind} [TFLOP]", *(sum(o.flops for o in p) / 1e12 for p in parts)])
+        rows.append([f"{kind} [GB]", *(sum(o.bytes for o in p) / 1e9 for p in parts)])
+    for device in ("H100", "H200"):
+        for kind in kinds:
+            floors = (floor_ms(of_kind(w, kind), *t.PEAKS[device]) for w in work.values())
+            rows.append([f"floor of {kind}, one {device} [ms]", *floors])
+        for ranks, words in ((1, "one"), (8, "eight")):
+            last = floor_ms(optimizer_operations(cfg, ranks), *t.PEAKS[device])
+            floors = (floor_ms(w, *t.PEAKS[device]) / ranks + last for w in work.values())
+            rows.append([f"floor of a step, {words} {device} [ms]", *floors])
+    names = [f"{name}, {len(plan.visits)} visits" for name, plan in plans.items()]
+    return number_table(["per step", *names], rows)
 
 
-def paper_optimizer(cfg: t.Config) -> list[str]:
+def optimizer_table(cfg: t.Config) -> list[str]:
     """The optimizer of one rank alone and of one among eight."""
-    by_ranks = [optimizer_counts(cfg, ranks) for ranks in (1, 8)]
+    counts = {ranks: optimizer_operations(cfg, ranks) for ranks in (1, 8)}
     rows = [
-        ["Newton-Schulz [GFLOP]", *(o["flops"] / 1e9 for o in by_ranks)],
-        ["bytes, once [MB]", *(o["bytes"] / 1e6 for o in by_ranks)],
-        ["sent, one all-reduce and a float32 gather [MB]", *(o["before"] / 1e6 for o in by_ranks)],
-        ["sent, parts and a bf16 gather [MB]", *(o["after"] / 1e6 for o in by_ranks)],
+        ["Newton-Schulz [GFLOP]", *(sum(o.flops for o in w) / 1e9 for w in counts.values())],
+        ["bytes [MB]", *(sum(o.bytes for o in w) / 1e6 for w in counts.values())],
+        ["floor, H100 [ms]", *(floor_ms(w, *t.PEAKS["H100"]) for w in counts.values())],
+        ["sent [MB]", *(sent_bytes(cfg, ranks) / 1e6 for ranks in counts)],
     ]
-    return [
-        "## Optimizer and messages",
-        "",
-        *wrap(
-            "Matrices of one shape are cut into equal parts, so some ranks carry padding. Their "
-            "gradients are summed where they are used (reduce-scatter), the few others everywhere "
-            "(all-reduce), two messages in all; updates travel in bf16 (all-gather), a message for "
-            "each shape, while the next shape is computed. "
-            "A compiled backward hands out all gradients at its end: none can leave earlier."
-        ),
-        "",
-        *table(["per step and rank", "one rank", "eight ranks"], rows),
-    ]
-
-
-def predictions(cfg: t.Config, names: list[str], found: dict, eager: dict) -> list[str]:
-    """What each change can save at most, before anybody has measured it."""
-    bandwidth, link = DATA_SHEETS["H200"][1], 450e9
-    eight, orthogonal = optimizer_counts(cfg, 8), newton_schulz_bytes(cfg)
-
-    def saved(kind: str) -> list[float]:
-        return [
-            1e3 * (e[kind] - f["bytes"][kind]) / bandwidth
-            for e, f in zip(eager.values(), found.values(), strict=True)
-        ]
-
-    plans = len(names)
-    rows = [
-        ["elementwise chains in one pass, from op by op", *saved("elementwise")],
-        ["head and loss in one pass, from op by op", *saved("head and loss")],
-        [
-            "Newton-Schulz compiled, from op by op",
-            *[1e3 * (orthogonal[0] - orthogonal[1]) / bandwidth] * plans,
-        ],
-        [
-            "parts in place of one all-reduce, eight GPUs",
-            *[1e3 * (eight["before"] - eight["after"]) / link] * plans,
-        ],
-        [
-            "updates hidden behind Newton-Schulz, eight GPUs",
-            *[1e3 * eight["hidden"] / link] * plans,
-        ],
-    ]
-    return [
-        "## Predictions",
-        "",
-        *wrap(
-            "The most that a change can save, in ms of a step on one H200 where nothing else is "
-            "said: the bytes that it no longer moves, over the bandwidth. The first two are the "
-            "distance from no compiler to one pass; the compiler already goes a part of it."
-        ),
-        "",
-        *table(["saved at most [ms]", *names], rows),
-    ]
+    return number_table(["per step and rank", "one rank", "eight ranks"], rows)
 
 
 # --- measured on a device ---
@@ -558,7 +610,7 @@ def predictions(cfg: t.Config, names: list[str], found: dict, eager: dict) -> li
 CLASSES = (  # the first that matches an operation's name or its tensors' sizes
     ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter"),
     ("attention", r"attention|flash|fmha|sdpa"),
-    ("head and loss", r"nll|softmax|cross_entropy|tanh"),
+    ("head and loss", r"nll|softmax|cross_entropy|tanh|\b(losses|slopes)\b"),
     ("matrix products", r"\bmm\b|addmm|bmm|gemm|matmul|nvjet|cutlass|mlp_up|\bproduct\b"),
 )
 
@@ -611,8 +663,8 @@ def profiled(rt: t.Runtime, kinds: collections.Counter, kind_of):
 def book(events, kind_of, *, cuda: bool) -> collections.Counter:
     """Seconds by class. On a GPU each kernel counts once, by its name.
 
-    A kernel's name does not tell the head's products from others: the operations that launched
-    kernels know their shapes, and move their time from one class to the other.
+    The name of a matrix product's kernel does not say whether it is the head's. The operation that
+    launched it has the shapes, so its time is moved from one class to the other.
     """
     seconds = collections.Counter()
     for event in events:
@@ -628,20 +680,9 @@ def book(events, kind_of, *, cuda: bool) -> collections.Counter:
     return seconds
 
 
-def profile_plan(plan, model, forward, batches, cfg, rt, args: argparse.Namespace) -> dict:
+def profile_plan(halves: Halves, cfg: t.Config, rt: t.Runtime, args: argparse.Namespace) -> dict:
     """Time whole steps, then see what occupies the device in the two halves of a step."""
-    optimizers, ema = t.make_optimizers(model, cfg, rt), t.Ema(model, cfg.ema_decay)
-    t.set_schedule(optimizers, 0, 0.0, cfg)
-    count = cfg.micro_batches(rt.world_size)
-
-    def gradients() -> None:
-        for micro in next(batches).chunk(count):
-            loss = forward(*t.inputs_and_targets(micro), plan=plan)
-            (loss / count / rt.world_size).backward()
-
-    def update() -> None:
-        t.apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
-        ema.update()
+    gradients, update = halves
 
     def of_update(name: str, shapes: list) -> str:
         kind = classify(name, [], cfg.vocab_size)
@@ -668,35 +709,20 @@ def profile_plan(plan, model, forward, batches, cfg, rt, args: argparse.Namespac
 
 def profile(cfg: t.Config, args: argparse.Namespace) -> dict:
     """Every depth plan on this device, with the floors of the rates measured on it."""
-    with t.Runtime(cfg, os.environ) as rt:
-        _, kernel, _ = t.select_attention(cfg.attention, rt.device, rt.compute_dtype)
-        _, kernels, _ = t.select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
-        model = t.GPT(cfg, kernel, rt.compute_dtype, kernels)
-        model.init_weights(cfg.seed)
-        forward = rt.compile(model.to(rt.device))
-        loader = t.Loader(
-            t.find_shards(cfg.dataset_dir, "train"),
-            seq_len=cfg.train_seq_len, vocab_size=cfg.vocab_size, seed=cfg.seed, order=cfg.loader,
-        )  # fmt: skip
-        flops_rate, bandwidth = probe(rt)
-        record = dict(flops_per_second=flops_rate, bytes_per_second=bandwidth, plans={})
-        batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
-        optimizer = optimizer_counts(cfg, rt.world_size)
-        with contextlib.closing(batches):
-            for name, plan in both_plans(cfg).items():
-                say(f"profile {name}: {len(plan.visits)} visits")
-                found = profile_plan(plan, model, forward, batches, cfg, rt, args)
-                paper = counts(cfg, plan)
-                work = paper["flops"] | dict(optimizer=optimizer["flops"] * rt.world_size)
-                moved = paper["bytes"] | dict(optimizer=optimizer["bytes"] * rt.world_size)
-                found["floor_ms"] = {
-                    kind: dict(
-                        flops=1e3 * work.get(kind, 0.0) / flops_rate / rt.world_size,
-                        bytes=1e3 * moved.get(kind, 0.0) / bandwidth / rt.world_size,
-                    )
-                    for kind in {**work, **moved}
-                }
-                record["plans"][name] = found
+    with t.Runtime(cfg, os.environ) as rt, training(cfg, rt) as halves_of:
+        rates = probe(rt)
+        record = dict(flops_per_second=rates[0], bytes_per_second=rates[1], plans={})
+        optimizer = floor_ms(optimizer_operations(cfg, rt.world_size), *rates)
+        for name, plan in both_plans(cfg).items():
+            say(f"profile {name}: {len(plan.visits)} visits")
+            found = profile_plan(halves_of(plan), cfg, rt, args)
+            work = operations(cfg, plan)
+            found["floor_ms"] = {
+                kind: floor_ms(of_kind(work, kind), *rates) / rt.world_size
+                for kind in dict.fromkeys(o.kind for o in work)
+            }
+            found["floor_ms"]["optimizer"] = optimizer
+            record["plans"][name] = found
     return record
 
 
@@ -705,16 +731,16 @@ def profile_page(record: dict) -> list[str]:
     lines = [
         f"Measured rates: {record['flops_per_second'] / 1e12:,.3f} TFLOP/s in a large matrix "
         f"product, {record['bytes_per_second'] / 1e9:,.1f} GB/s in a large copy. A step is timed "
-        "without the profiler, its classes under it."
+        "without the profiler, its classes under it. Floors are those of profile.md at these rates."
     ]
     for name, found in record["plans"].items():
         rows = []
         for kind in {**found["floor_ms"], **found["ms"]}:
-            floor, ms = found["floor_ms"].get(kind, {}), found["ms"].get(kind, 0.0)
-            shown = [f"{floor[k]:.3f}" if floor.get(k) else "" for k in ("flops", "bytes")]
-            rows.append([kind, f"{ms:.3f}", f"{ms / found['step_ms']:.1%}", *shown])
-        head = ["class", "ms", "of a step", "floor by FLOPs [ms]", "floor by bytes [ms]"]
-        lines += ["", f"{name}: {found['step_ms']:.3f} ms a step", "", *table(head, rows)]
+            floor, ms = found["floor_ms"].get(kind), found["ms"].get(kind, 0.0)
+            shown = "" if floor is None else f"{floor:.3f}"
+            rows.append([kind, f"{ms:.3f}", f"{ms / found['step_ms']:.1%}", shown])
+        table = markdown_table(["class", "ms", "of a step", "floor [ms]"], rows)
+        lines += ["", f"{name}: {found['step_ms']:.3f} ms a step", "", *table]
     return lines
 
 
@@ -751,17 +777,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--profile", action="store_true", help="classes of time in our own step, no other script")
     add("--profile-steps", type=int, default=3, help="steps under the profiler")
     add("--paper", action="store_true", help="print records/profile.md and end")
-    add("--out", type=Path, default=Path("logs"), help="folder for bench-TIME.json and .md")
+    add("--train", type=float, metavar="SECONDS", help="the whole program, and a page beside #1493")
+    add("--out", type=Path, default=Path("logs"), help="folder for what is written")
     return parser.parse_args(argv)
 
 
-def bench(args: argparse.Namespace) -> None:
-    """Do what the arguments say; main of one process."""
-    variables = {**os.environ, **pairs(args.set), **pairs(args.ours_set)}
-    cfg = t.Config.from_env(variables, cuda=torch.cuda.is_available())
+def bench(args: argparse.Namespace) -> int:
+    """Do what the arguments say; returns the exit status."""
     if args.paper:
         print(paper(t.Config()), end="")
-        return
+        return 0
+    variables = {**os.environ, **pairs(args.set), **pairs(args.ours_set)}
+    cfg = t.Config.from_env(variables, cuda=torch.cuda.is_available())
+    if args.train:
+        return train(cfg, args)
     if args.other and not args.other.is_file():
         raise t.ConfigError(f"{args.other}: no such file; give the other script's path")
     now = datetime.datetime.now().astimezone()
@@ -772,7 +801,7 @@ def bench(args: argparse.Namespace) -> None:
         **(dict(profile=profile(cfg, args)) if args.profile else side_by_side(cfg, args)),
     )
     if os.environ.get("RANK", "0") != "0":
-        return
+        return 0
     body = profile_page(record["profile"]) if args.profile else timing_page(record)
     facts = record["hardware"]
     title = f"{facts['device']}, torch {facts['torch']}, {record['started']}"
@@ -783,15 +812,13 @@ def bench(args: argparse.Namespace) -> None:
         t.atomic_write(path, text.encode())
         say(f"wrote {path}")
     print(page)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        bench(arguments(argv))
-    except t.UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run with these arguments; 2 and a line on stderr for an error that the user can fix."""
+    args = arguments(argv)
+    return exit_status(lambda: bench(args))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from runs import (
     Submission,
     exit_status,
     find_runs,
+    markdown_table,
     read_command,
     read_json,
 )
@@ -247,7 +248,7 @@ def make_index() -> str:
         ]
     for track in TRACKS:
         head = ["what", "bpb", "n", "bytes", "targets", "hardware", "where from"]
-        lines += [f"## {track}", "", *page.table(head, list(index_rows(track))), ""]
+        lines += [f"## {track}", "", *markdown_table(head, list(index_rows(track))), ""]
     return "\n".join([*lines, MARK])
 
 

@@ -22,6 +22,7 @@ from runs import (
     Sample,
     Submission,
     judge,
+    markdown_table,
     read_command,
 )
 
@@ -109,12 +110,6 @@ def make_submission(
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; the first column stands left, the others right."""
-    rule = ["---"] + ["--:"] * (len(head) - 1)
-    return [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, rule, *rows)]
-
-
 def results_table(submission: Mapping[str, Any]) -> list[str]:
     """One row for each seed, then mean and sample standard deviation."""
     seeds = submission["seed_results"]
@@ -131,7 +126,7 @@ def results_table(submission: Mapping[str, Any]) -> list[str]:
             values = [[facts[key] for facts in seeds.values()] for key, *_ in columns]
             cells = [f(function(v)) for v, (*_, f) in zip(values, columns, strict=True)]
             rows.append([label, *cells])
-    return table(["seed", *(name for _, name, _ in columns)], rows)
+    return markdown_table(["seed", *(name for _, name, _ in columns)], rows)
 
 
 def claim_lines(submission: Mapping[str, Any], tokens: int, size: int) -> list[str]:
@@ -159,7 +154,7 @@ def claim_lines(submission: Mapping[str, Any], tokens: int, size: int) -> list[s
             ],
             ["difference", f"{submission['delta_bpb']:+.8f}", ""],
         ]
-        lines += table(["", "mean [bpb]", "sample standard deviation"], rows)
+        lines += markdown_table(["", "mean [bpb]", "sample standard deviation"], rows)
         lines += ["", f"In nats per token: {submission['delta_nats']:+.8f}."]
         if "p_value" in submission:
             lines[-1] += f" t = {submission['t_statistic']:.4f}, p = {submission['p_value']:.4g}."
@@ -184,7 +179,7 @@ def budget_table(runs: Sequence[Run]) -> list[str]:
         verdict = run.audit["verdict"] if run.audit else "missing"
         rows.append([*cells, verdict])
     names = ["training [s]", "evaluation [s]", "of these unbooked [s]", "whole run [s]", "audit"]
-    return table(["seed", *names], rows)
+    return markdown_table(["seed", *names], rows)
 
 
 def start_line(processes: int) -> str:

@@ -68,6 +68,13 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table: the first column left, the others right aligned."""
+    rule = ["---"] + ["--:"] * (len(head) - 1)
+    lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+    return [line.replace("|  |", "| |") for line in lines]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of train_gpt.py: the facts of its JSON, its log and its audit, None where missing."""
