@@ -6,7 +6,8 @@
     python train_gpt.py --help                               # every setting, no GPU, no data
 
 Every setting is an environment variable. The file reads in the order the program runs:
-Configuration, Runtime, Data, Model, Optimizer, Training, Quantization, Artifact, Evaluation, Main.
+Settings, Runtime, Data, Kernels, Tensors, Model, Optimizer, Training, Quantization, Artifact,
+Evaluation, Main.
 Importing it does nothing; torch and numpy are enough to import it.
 """
 
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 # ---------------------------------------------------------------------------------------------
-# 1  Configuration
+# 1  Settings
 # A setting is one line of Config; its environment variable is the field's name in capitals. All
 # problems are found before anything is loaded, and reported together. Defaults: system #1493.
 # ---------------------------------------------------------------------------------------------
@@ -85,6 +86,11 @@ class LedgerError(RuntimeError):
     def __init__(self, condition: str, message: str):
         super().__init__(message)
         self.condition = condition
+
+
+def code_bytes() -> int:
+    """The literal size of the file that runs: it counts against ARTIFACT_LIMIT_BYTES."""
+    return Path(__file__).stat().st_size
 
 
 def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -> Any:
@@ -428,6 +434,8 @@ class Config:
 
 # Relative to where the program starts, so that a log does not tell whose machine it came from.
 SAMPLE_DIR = Path(os.path.relpath(Path(__file__).resolve().parent / "data" / "sample"))
+
+
 # The small run: the same pipeline and wiring, narrow enough to finish in minutes on two CPU cores.
 SMOKE = dict(
     data_path=str(SAMPLE_DIR),
@@ -455,12 +463,16 @@ SMOKE_BLOCKERS = frozenset(
     "data_dir data_path tokenizer_path vocab_size num_layers model_dim num_heads num_kv_heads "
     "mlp_mult train_seq_len train_batch_tokens".split()
 )
+
+
 # Two names for one setting, in use by different scripts of this field.
 ALIASES = {
     "PARALLEL_START_LAYER": "parallel_residual_start",
     "GPTQ_CALIB_BATCHES": "gptq_calibration_batches",
     "RECUR_START_STEP": "enable_looping_at_step",
 }
+
+
 # Names that other scripts of this field print or read, and what to do instead.
 RETIRED = {
     "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS sizes every forward, in training and in scoring",
@@ -468,6 +480,8 @@ RETIRED = {
     "HEAD_LR": "the head is tied to the embedding; set TIED_EMBED_LR",
     "MUON_BETA2": "it never had an effect; unset it",
 }
+
+
 # A variable that begins with one of these and is no setting must be a mistake.
 FAMILIES = tuple(
     "ADAM_ BIGRAM_ EMA_ EMBED_ EVAL_ GPTQ_ LOOP_ MATRIX_ MUON_ PREQUANT_ QK_ ROPE_ SCALAR_ "
@@ -553,10 +567,10 @@ def help_text() -> str:
 
 # ---------------------------------------------------------------------------------------------
 # 2  Runtime
-# Ranks, device, clock and log. Only Runtime talks to torch.distributed, and every collective does
-# nothing on one rank, so that one process and many run the same lines. Every rank makes the same
-# calls.
+# Ranks, device, clock and log. Only Runtime talks to torch.distributed; collectives are no-ops on
+# one rank, so that one process and many run the same lines. Every rank makes the same calls.
 # ---------------------------------------------------------------------------------------------
+
 
 # Of one SXM device, by the vendor's data sheets: dense bf16 FLOP/s, and bytes/s of its memory.
 PEAKS: dict[str, tuple[float, float]] = {
@@ -564,6 +578,8 @@ PEAKS: dict[str, tuple[float, float]] = {
     "H200": (989.4e12, 4.8e12),
     "A100": (311.9e12, 2.039e12),
 }
+
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
 
 
@@ -839,6 +855,24 @@ def atomic_write(path: Path, data: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def lock(stream: Any) -> bool:
+    """Take a file for this process until it ends or closes it; False if another process has it."""
+    try:
+        import fcntl  # not on every system
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 class Log:
     """Console, text file and JSON of one run; on every rank but the first it says nothing.
 
@@ -920,12 +954,45 @@ class Log:
         return show
 
 
+def earlier_run(cfg: Config, run_id: str) -> str:
+    """The result line of a finished run of this name, settings and code, else nothing.
+
+    What a run of this name left unfinished is renamed, so that a sweep can be started again.
+    Raises: ConfigError if the finished run had other settings or code, or if it still runs.
+    """
+    folder, text = Path(cfg.log_dir), Path(cfg.log_dir) / f"{run_id}.txt"
+    if not text.exists():
+        return ""
+    with open(text, "rb") as stream:
+        if not lock(stream):
+            raise ConfigError(f"RUN_ID={run_id}: {text} is being written; choose another RUN_ID")
+    try:
+        record = json.loads((folder / f"{run_id}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # cut off before it wrote anything
+        record = {}
+    if "result" in record:
+        then = {name: fact["value"] for name, fact in record["config"].items()}
+        now = {s.name: getattr(cfg, s.name) for s in knobs()}
+        if record["code"]["sha256"] == file_sha256(Path(__file__)) and then == now:
+            return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
+        raise ConfigError(
+            f"RUN_ID={run_id}: {text} is a finished run of other settings or code; choose another "
+            "RUN_ID"
+        )
+    aside = f"{run_id}.unfinished{time.time_ns()}"
+    for suffix in ("txt", "json", "bin", "ckpt"):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / f"{run_id}.{suffix}").rename(folder / f"{aside}.{suffix}")
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------
 # 3  Data
 # A shard is 256 little-endian int32 words (magic, version, count, zeros) and then that many
 # little-endian uint16 token ids. The order of the training windows is a pure function of seed and
 # shards, the same for any number of ranks. Bytes are charged per target, here and nowhere else.
 # ---------------------------------------------------------------------------------------------
+
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 GET_DATA = (
@@ -1121,6 +1188,40 @@ def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
+BOS = 1  # the token that opens a document, in every tokenizer of this field
+
+
+class Documents(NamedTuple):
+    """Which document each position belongs to, of rows that hold several.
+
+    ids: (B, T), rising along a row. bounds: (n + 1,) int32, where each document begins in the
+    flattened rows, then their length; of fixed size, so that many documents are empty.
+    """
+
+    ids: Tensor
+    bounds: Tensor
+
+
+def find_documents(tokens: Tensor) -> Documents:
+    """The documents in rows of tokens (B, T); a row's begin is a document's, whatever it holds.
+
+    Shapes depend on B and T alone, so that one graph serves all texts: a row has room for T / 64
+    documents (16 in a short one), and any beyond stay one. FineWeb's have 950 tokens on average.
+    """
+    rows, length = tokens.shape
+    room = torch.arange(min(max(length // 64, 16), length), device=tokens.device)
+    ids = (tokens == BOS).cumsum(1).clamp(max=len(room) - 1)
+    first = (ids[:, None] < room[:, None]).sum(-1)  # (B, room): positions before each document
+    first = first + length * torch.arange(rows, device=tokens.device)[:, None]
+    return Documents(ids, F.pad(first.flatten(), (0, 1), value=rows * length).int())
+
+
+def check_documents(bos: int, cfg: Config) -> None:
+    """Raises: ConfigError if DOC_PACKING cannot see where this tokenizer's documents begin."""
+    if cfg.doc_packing and not cfg.artifact and bos != BOS:
+        raise ConfigError(f"DOC_PACKING=1: the tokenizer's BOS is {bos}, expected {BOS}; unset it")
+
+
 @dataclass(frozen=True)
 class ByteTable:
     """What each token adds to the text: the three tables by which this field charges bytes.
@@ -1230,6 +1331,8 @@ class ByteTable:
 
 BYTE_OFFSET = 4  # byte260: pad, bos, eos, unk come before the byte values
 CASEOPS_MARKS = frozenset("\ue001\ue002\ue003\ue004")  # as in data/caseops.py
+
+
 # Short texts on which tokenizers of this field were miscounted: spaces of every kind, everywhere.
 BYTE_PROBES = tuple(
     " a|a  b|\u2581a|\u2581\u2581a|a\u2581|\u3000a\u00a0b|\u00a8a|a\tb\nc |<s>a</s>"
@@ -1289,103 +1392,23 @@ class ValidationTokens:
         return sidecar[1:].astype(np.int16)
 
 
+def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[bytes]:
+    """The documents of a token stream, as UTF-8; CaseOps marks are left in."""
+    starts = np.flatnonzero(tokens == bos)
+    parts = (part[part != bos] for part in np.split(tokens, starts[starts > 0]))
+    if tokenizer.suffix == ".json":
+        yield from ((part - BYTE_OFFSET).astype(np.uint8).tobytes() for part in parts)
+        return
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    yield from (model.decode(part.tolist()).encode() for part in parts)
+
+
 # ---------------------------------------------------------------------------------------------
-# 4  Model
-# Which layer is visited when, and what each visit does, is data: a DepthPlan. One forward serves
-# training, validation, calibration and test-time training. Matrices are float32, cast at use.
+# 4  Kernels
+# Attention and the fused operations, beside the eager twins that define them.
 # ---------------------------------------------------------------------------------------------
-
-
-class Visit(NamedTuple):
-    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none.
-
-    form: what the MLP reads: "sequential", the output of attention; "gptj", the input of attention;
-    "lanes", a stream of its own.
-    """
-
-    layer: int
-    push: bool
-    pop: int
-    form: str
-
-
-class DepthPlan(NamedTuple):
-    """The visits of one forward, in order. Immutable: one compiled graph for each plan.
-
-    fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
-    packed: no position sees another document than its own; rotary positions count on.
-    """
-
-    visits: tuple[Visit, ...]
-    fake_bits: int = 0
-    packed: bool = False
-
-    @property
-    def encoder(self) -> list[int]:
-        return [v.layer for v in self.visits[: len(self.visits) // 2]]
-
-    @property
-    def decoder(self) -> list[int]:
-        return [v.layer for v in self.visits[len(self.visits) // 2 :]]
-
-    @property
-    def skips(self) -> int:
-        return sum(v.pop >= 0 for v in self.visits)
-
-
-def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
-    """The wiring of system #1493, before (`looped=False`) or after recurrence starts.
-
-    The first half of the visits pushes its outputs, the second half pops them, last pushed first;
-    so the first skip popped is the running stream itself.
-    """
-    order = list(range(cfg.num_layers))
-    if looped and cfg.num_loops:
-        loop = order[cfg.loop_start : cfg.loop_end + 1]
-        order[cfg.loop_start : cfg.loop_end + 1] = loop * (cfg.num_loops + 1)
-    half = len(order) // 2
-    late = cfg.parallel_residual_form
-    visits = []
-    for place, layer in enumerate(order):
-        skip = place - half
-        pop = skip if 0 <= skip < min(half, cfg.max_skips) else -1
-        form = late if layer >= cfg.parallel_residual_start else "sequential"
-        visits.append(Visit(layer, place < half, pop, form))
-    return DepthPlan(tuple(visits))
-
-
-BOS = 1  # the token that opens a document, in every tokenizer of this field
-
-
-class Documents(NamedTuple):
-    """Which document each position belongs to, of rows that hold several.
-
-    ids: (B, T), rising along a row. bounds: (n + 1,) int32, where each document begins in the
-    flattened rows, then their length; of fixed size, so that many documents are empty.
-    """
-
-    ids: Tensor
-    bounds: Tensor
-
-
-def find_documents(tokens: Tensor) -> Documents:
-    """The documents in rows of tokens (B, T); a row's begin is a document's, whatever it holds.
-
-    Shapes depend on B and T alone, so that one graph serves all texts: a row has room for T / 64
-    documents (16 in a short one), and any beyond stay one. FineWeb's have 950 tokens on average.
-    """
-    rows, length = tokens.shape
-    room = torch.arange(min(max(length // 64, 16), length), device=tokens.device)
-    ids = (tokens == BOS).cumsum(1).clamp(max=len(room) - 1)
-    first = (ids[:, None] < room[:, None]).sum(-1)  # (B, room): positions before each document
-    first = first + length * torch.arange(rows, device=tokens.device)[:, None]
-    return Documents(ids, F.pad(first.flatten(), (0, 1), value=rows * length).int())
-
-
-def check_documents(bos: int, cfg: Config) -> None:
-    """Raises: ConfigError if DOC_PACKING cannot see where this tokenizer's documents begin."""
-    if cfg.doc_packing and not cfg.artifact and bos != BOS:
-        raise ConfigError(f"DOC_PACKING=1: the tokenizer's BOS is {bos}, expected {BOS}; unset it")
 
 
 def visible(q: Tensor, documents: Documents | None) -> Tensor:
@@ -1543,19 +1566,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, 1, rope_dims / 2) float32.
-
-    Beyond ROPE_TRAIN_SEQ_LEN the base grows by (length / that)^(d / (d - 2)), d = ROPE_DIMS, so
-    that the slowest frequency sees the angles of training (NTK-aware scaling).
-    """
-    dims, stretch = cfg.rope_dims, max(1.0, length / cfg.rope_train_seq_len)
-    base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
-    powers = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * base**-powers
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first dimensions of each head (B, T, H, D) by position, in half-split pairs."""
     cos, sin = (table.to(x.dtype) for table in rotary)
@@ -1682,11 +1692,6 @@ def tile(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile of whole rows: about 2,048 numbers for four warps."""
     columns = 1 << (width - 1).bit_length()
     return max(2048 // columns, 1), columns
-
-
-# Below, the name `tl` and the annotations belong to Triton's language, which reads the source of
-# its functions. Arithmetic is float32; what is stored takes the type of where it is stored. SHAPE
-# holds the rows R and columns C of a tile, then true widths. A norm's small number is F.rms_norm's.
 
 
 def triton_cross_entropy() -> Callable:
@@ -2035,15 +2040,175 @@ def select_kernels(
     return "triton", triton_kernels(), "as set" if choice == "1" else "each agrees with its twin"
 
 
-class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and cast to the type of its input at use."""
+# ---------------------------------------------------------------------------------------------
+# 5  Tensors
+# One table claims every tensor: optimizer group, quantizer and bits.
+# ---------------------------------------------------------------------------------------------
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, fake_bits: int = 0, product: Callable = F.linear) -> Tensor:
-        weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
-        return product(x, weight.to(x.dtype))
+class Rule(NamedTuple):
+    """Who optimizes and who stores the tensors whose whole name matches `pattern`.
+
+    quantizer: "gptq" or "nearest" for codes of `bits`, or the float type that is stored (bits 0).
+    clip_sigmas, percentiles, smallest: how a row's step is found, see `row_scales`.
+    """
+
+    pattern: str
+    optimizer: str
+    quantizer: str
+    bits: int = 0
+    clip_sigmas: float = 0.0
+    percentiles: tuple[float, ...] = ()
+    smallest: float = 0.0
+
+
+MATRIX_PERCENTILES, TABLE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)
+QAT_PERCENTILES = (0.9995,)
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a row of zeros needs some scale
+
+
+def smallest_step(bits: int, *, floored: bool) -> float:
+    """The least step of a row: what float16 can hold, or, in two public systems, 1 over the top."""
+    return 1 / (2 ** (bits - 1) - 1) if floored else SMALLEST_SCALE
+
+
+def row_scales(
+    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float], smallest: float
+) -> Tensor:
+    """The float16 step of each row: half its range over the largest code, at least `smallest`.
+
+    The range is `clip_sigmas` standard deviations (SDClip), or the best of some percentiles.
+    """
+    if percentiles:
+        scales = percentile_scales(weight, bits, percentiles, smallest)
+    else:
+        scales = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
+    return scales.clamp_min(smallest).half()
+
+
+def percentile_scales(
+    weight: Tensor, bits: int, percentiles: Sequence[float], smallest: float
+) -> Tensor:
+    """Per row, of the steps that end the range at a percentile of |w|, the one with least error."""
+    sizes, top = weight.detach().float().abs(), 2 ** (bits - 1) - 1
+    at = torch.tensor(percentiles, device=weight.device)
+    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(smallest)  # (P, rows)
+    if len(percentiles) == 1:
+        return steps[0]
+    rounded = [(sizes / s[:, None]).round().clamp_max(top) * s[:, None] for s in steps]
+    errors = torch.stack([(r - sizes).square().sum(1) for r in rounded])
+    return steps.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
+    """The only place that decides how a tensor is optimized and stored."""
+    searched = cfg.clip_rule == "percentile"
+    steps = [
+        smallest_step(bits, floored=searched or cfg.scale_floor)
+        for bits in (cfg.matrix_bits, cfg.embed_bits)
+    ]
+    percentiles = (MATRIX_PERCENTILES, TABLE_PERCENTILES) if searched else ((), ())
+    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, percentiles[0], steps[0])
+    table = (cfg.embed_bits, cfg.embed_clip_sigmas, percentiles[1], steps[1])
+    words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
+    weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
+    vectors = (
+        r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_(weights|gates)"
+        r"|lane_merge|smear_gate|bigram\.scale|value_embedding\.(scale|layer_scales)"
+    )
+    return (
+        Rule(r"head\.weight", "embedding", cfg.embed_quantizer, *table),
+        Rule(r"(bigram|value_embedding)\.table", "embedding", "nearest", *table),
+        Rule(rf"(?!.*({words})){weights}", "matrix", "gptq", *matrix),
+        Rule(rf"(?=.*({words})){weights}", "matrix", "gptq", *table),
+        Rule(r"(bigram|value_embedding)\.proj\.weight", "matrix", "float16"),
+        Rule(vectors, "scalar", "float16"),
+    )
+
+
+def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
+    """The one rule that claims a tensor; it is our mistake if none or two do."""
+    claims = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
+    assert len(claims) == 1, f"tensor {name} is claimed by {len(claims)} rules, expected one"
+    return claims[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# 6  Model
+# Which layer is visited when, and what each visit does, is data: a DepthPlan. One forward serves
+# training, validation, calibration and test-time training. Matrices are float32, cast at use.
+# ---------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One visit of a layer. push: keep the output as a skip; pop: mix in a skip, -1: none.
+
+    form: what the MLP reads: "sequential", the output of attention; "gptj", the input of attention;
+    "lanes", a stream of its own.
+    """
+
+    layer: int
+    push: bool
+    pop: int
+    form: str
+
+
+class DepthPlan(NamedTuple):
+    """The visits of one forward, in order. Immutable: one compiled graph for each plan.
+
+    fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
+    packed: no position sees another document than its own; rotary positions count on.
+    """
+
+    visits: tuple[Visit, ...]
+    fake_bits: int = 0
+    packed: bool = False
+
+    @property
+    def encoder(self) -> list[int]:
+        return [v.layer for v in self.visits[: len(self.visits) // 2]]
+
+    @property
+    def decoder(self) -> list[int]:
+        return [v.layer for v in self.visits[len(self.visits) // 2 :]]
+
+    @property
+    def skips(self) -> int:
+        return sum(v.pop >= 0 for v in self.visits)
+
+
+def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
+    """The wiring of system #1493, before (`looped=False`) or after recurrence starts.
+
+    The first half of the visits pushes its outputs, the second half pops them, last pushed first;
+    so the first skip popped is the running stream itself.
+    """
+    order = list(range(cfg.num_layers))
+    if looped and cfg.num_loops:
+        loop = order[cfg.loop_start : cfg.loop_end + 1]
+        order[cfg.loop_start : cfg.loop_end + 1] = loop * (cfg.num_loops + 1)
+    half = len(order) // 2
+    late = cfg.parallel_residual_form
+    visits = []
+    for place, layer in enumerate(order):
+        skip = place - half
+        pop = skip if 0 <= skip < min(half, cfg.max_skips) else -1
+        form = late if layer >= cfg.parallel_residual_start else "sequential"
+        visits.append(Visit(layer, place < half, pop, form))
+    return DepthPlan(tuple(visits))
+
+
+def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (length, 1, rope_dims / 2) float32.
+
+    Beyond ROPE_TRAIN_SEQ_LEN the base grows by (length / that)^(d / (d - 2)), d = ROPE_DIMS, so
+    that the slowest frequency sees the angles of training (NTK-aware scaling).
+    """
+    dims, stretch = cfg.rope_dims, max(1.0, length / cfg.rope_train_seq_len)
+    base = cfg.rope_base * stretch ** (dims / max(dims - 2, 1))
+    powers = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * base**-powers
+    return angles.cos(), angles.sin()
 
 
 def fake_quantize(weight: Tensor, bits: int) -> Tensor:
@@ -2053,6 +2218,17 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
         scales = percentile_scales(weight, bits, QAT_PERCENTILES, smallest)[:, None]
         rounded = (weight / scales).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) * scales
     return weight + (rounded - weight).detach()
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in float32 and cast to the type of its input at use."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor, fake_bits: int = 0, product: Callable = F.linear) -> Tensor:
+        weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
+        return product(x, weight.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -2302,63 +2478,9 @@ class GPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5  Optimizer
-# One table claims every tensor: optimizer group, quantizer and bits. Muon for matrices, AdamW for
-# the rest. The same classes serve one rank and many.
+# 7  Optimizer
+# Muon for matrices, AdamW for the rest. The same classes serve one rank and many.
 # ---------------------------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """Who optimizes and who stores the tensors whose whole name matches `pattern`.
-
-    quantizer: "gptq" or "nearest" for codes of `bits`, or the float type that is stored (bits 0).
-    clip_sigmas, percentiles, smallest: how a row's step is found, see `row_scales`.
-    """
-
-    pattern: str
-    optimizer: str
-    quantizer: str
-    bits: int = 0
-    clip_sigmas: float = 0.0
-    percentiles: tuple[float, ...] = ()
-    smallest: float = 0.0
-
-
-MATRIX_PERCENTILES, TABLE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)
-QAT_PERCENTILES = (0.9995,)
-
-
-def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
-    """The only place that decides how a tensor is optimized and stored."""
-    searched = cfg.clip_rule == "percentile"
-    steps = [
-        smallest_step(bits, floored=searched or cfg.scale_floor)
-        for bits in (cfg.matrix_bits, cfg.embed_bits)
-    ]
-    percentiles = (MATRIX_PERCENTILES, TABLE_PERCENTILES) if searched else ((), ())
-    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, percentiles[0], steps[0])
-    table = (cfg.embed_bits, cfg.embed_clip_sigmas, percentiles[1], steps[1])
-    words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
-    weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
-    vectors = (
-        r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_(weights|gates)"
-        r"|lane_merge|smear_gate|bigram\.scale|value_embedding\.(scale|layer_scales)"
-    )
-    return (
-        Rule(r"head\.weight", "embedding", cfg.embed_quantizer, *table),
-        Rule(r"(bigram|value_embedding)\.table", "embedding", "nearest", *table),
-        Rule(rf"(?!.*({words})){weights}", "matrix", "gptq", *matrix),
-        Rule(rf"(?=.*({words})){weights}", "matrix", "gptq", *table),
-        Rule(r"(bigram|value_embedding)\.proj\.weight", "matrix", "float16"),
-        Rule(vectors, "scalar", "float16"),
-    )
-
-
-def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
-    """The one rule that claims a tensor; it is our mistake if none or two do."""
-    claims = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
-    assert len(claims) == 1, f"tensor {name} is claimed by {len(claims)} rules, expected one"
-    return claims[0]
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[nn.Parameter]]:
@@ -2508,8 +2630,63 @@ def muon_momentum(step: int, cfg: Config) -> float:
     return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
 
 
+def set_schedule(
+    optimizers: Mapping[str, torch.optim.Optimizer], step: int, frac: float, cfg: Config
+) -> dict[str, float]:
+    """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
+    scale = lr_scale(frac, cfg, step)
+    rates = {
+        "matrix": cfg.matrix_lr * scale,
+        "embedding": cfg.tied_embed_lr * scale,
+        "scalar": cfg.scalar_lr * scale,
+    }
+    for name, optimizer in optimizers.items():
+        optimizer.param_groups[0]["lr"] = rates[name]
+    optimizers["matrix"].param_groups[0]["momentum"] = muon_momentum(step, cfg)
+    return rates
+
+
+def apply_gradients(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
+) -> None:
+    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
+
+    A compiled backward hands out all gradients at its end: nothing could leave earlier. Muon takes
+    parts of the sums: 255 MB sent by each of 8 ranks (records/profile.md).
+    """
+    optimizers, params = list(optimizers), [p for p in model.parameters() if p.requires_grad]
+    for parameter in params:
+        if parameter.grad is None:  # this rank had no text
+            parameter.grad = torch.zeros_like(parameter)
+    muons = [o for o in optimizers if isinstance(o, Muon)]
+    apart = {p for muon in muons for p in muon.param_groups[0]["params"]}
+    coming = [rt.start_sum(*(p.grad for p in params if p not in apart))]
+    coming += [muon.reduce() for muon in muons]
+    for arrive in coming:
+        arrive()
+    if clip_norm:
+        nn.utils.clip_grads_with_norm_(params, clip_norm, global_norm(params, apart, rt))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def global_norm(params: Sequence[nn.Parameter], apart: Set[nn.Parameter], rt: Runtime) -> Tensor:
+    """The norm of all gradients together, a scalar tensor, the same on every rank.
+
+    Those `apart` lie on one rank each; the others lie on all, and rank 0 alone counts them.
+    """
+    mine = [p for p in params if p.grad is not None and (p in apart or rt.is_main)]
+    grads = [p.grad for p in mine]
+    norms = dict(zip(mine, torch._foreach_norm(grads) if grads else grads, strict=True))
+    nothing = params[0].new_zeros(())
+    each = torch.stack([norms.get(p, nothing) for p in params])
+    rt.sum_(each)  # each norm and the zeros of other ranks: no digit depends on who had it
+    return torch.linalg.vector_norm(each)
+
+
 # ---------------------------------------------------------------------------------------------
-# 6  Training
+# 8  Training
 # Steps until the wall clock or ITERATIONS ends them. The clock is read once per step and agreed on
 # by all ranks, so learning rates, the start of recurrence and the end are the same everywhere.
 # ---------------------------------------------------------------------------------------------
@@ -2612,61 +2789,6 @@ def train_step(
     return total
 
 
-def apply_gradients(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
-) -> None:
-    """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
-
-    A compiled backward hands out all gradients at its end: nothing could leave earlier. Muon takes
-    parts of the sums: 255 MB sent by each of 8 ranks (records/profile.md).
-    """
-    optimizers, params = list(optimizers), [p for p in model.parameters() if p.requires_grad]
-    for parameter in params:
-        if parameter.grad is None:  # this rank had no text
-            parameter.grad = torch.zeros_like(parameter)
-    muons = [o for o in optimizers if isinstance(o, Muon)]
-    apart = {p for muon in muons for p in muon.param_groups[0]["params"]}
-    coming = [rt.start_sum(*(p.grad for p in params if p not in apart))]
-    coming += [muon.reduce() for muon in muons]
-    for arrive in coming:
-        arrive()
-    if clip_norm:
-        nn.utils.clip_grads_with_norm_(params, clip_norm, global_norm(params, apart, rt))
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def global_norm(params: Sequence[nn.Parameter], apart: Set[nn.Parameter], rt: Runtime) -> Tensor:
-    """The norm of all gradients together, a scalar tensor, the same on every rank.
-
-    Those `apart` lie on one rank each; the others lie on all, and rank 0 alone counts them.
-    """
-    mine = [p for p in params if p.grad is not None and (p in apart or rt.is_main)]
-    grads = [p.grad for p in mine]
-    norms = dict(zip(mine, torch._foreach_norm(grads) if grads else grads, strict=True))
-    nothing = params[0].new_zeros(())
-    each = torch.stack([norms.get(p, nothing) for p in params])
-    rt.sum_(each)  # each norm and the zeros of other ranks: no digit depends on who had it
-    return torch.linalg.vector_norm(each)
-
-
-def set_schedule(
-    optimizers: Mapping[str, torch.optim.Optimizer], step: int, frac: float, cfg: Config
-) -> dict[str, float]:
-    """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
-    scale = lr_scale(frac, cfg, step)
-    rates = {
-        "matrix": cfg.matrix_lr * scale,
-        "embedding": cfg.tied_embed_lr * scale,
-        "scalar": cfg.scalar_lr * scale,
-    }
-    for name, optimizer in optimizers.items():
-        optimizer.param_groups[0]["lr"] = rates[name]
-    optimizers["matrix"].param_groups[0]["momentum"] = muon_momentum(step, cfg)
-    return rates
-
-
 def warm_up(
     forward: Callable, model: nn.Module, loader: Loader, cfg: Config, rt: Runtime, log: Log
 ) -> None:
@@ -2692,29 +2814,6 @@ def warm_up(
                     show((step + 1) / cfg.warmup_steps)
             model.load_state_dict(weights)
             log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
-
-
-def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime, log: Log) -> Config:
-    """The configuration with the time that calibration and quantization of this model will take.
-
-    Two batches of calibration and, on rank 0, one pass of the quantizer tell; a tenth is added.
-    """
-    silent, plan = Log(".", "", enabled=False), depth_plan(cfg, looped=True)
-    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
-    begin = time.perf_counter()
-    hessians = collect_hessians(model, loader, 0, plan, trial, rt, silent)
-    rt.synchronize()
-    middle = time.perf_counter()
-    if rt.is_main:
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        quantize_model(weights, hessians, cfg, silent)
-        rt.synchronize()
-    batches = cfg.gptq_calibration_batches / trial.gptq_calibration_batches
-    needed = 1.1 * ((middle - begin) * batches + time.perf_counter() - middle)
-    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
-    log.line(f"GPTQ:reserving {seconds:.1f}s for calibration and quantization, as measured")
-    log.put(gptq_reserve_seconds=seconds)
-    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
 
 
 class StepLog:
@@ -2859,6 +2958,31 @@ def train(
     return Trained(step, plan.visits != plain.visits)
 
 
+def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
+    """Keep the first blocks, and perhaps the embeddings, as they are in what follows.
+
+    Of the value embedding its scales for each layer still train, as in system #578.
+    """
+    for block in model.blocks[:blocks]:
+        block.requires_grad_(False)
+    if embeddings:
+        for name, parameter in model.named_parameters():
+            if re.match(r"(head|bigram|value_embedding)\.(?!layer_scales)", name):
+                parameter.requires_grad_(False)
+
+
+def text_gradients(forward: Callable, rows: np.ndarray, cfg: Config, rt: Runtime) -> Tensor:
+    """Add the gradients of the mean loss of rows (n, T + 1), shared by the ranks; returns it."""
+    mine, total = rt.to_device(rows[rt.share(len(rows))]), torch.zeros((), device=rt.device)
+    for micro in mine.split(max(cfg.micro_batch_tokens // cfg.eval_seq_len, 1)):
+        if len(micro):
+            loss = forward(*inputs_and_targets(micro)) * (len(micro) / len(rows))
+            loss.backward()
+            total += loss.detach()
+    rt.sum_(total)
+    return total
+
+
 def fine_tune_on_validation(
     forward: Callable, model: GPT, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
 ) -> None:
@@ -2890,39 +3014,14 @@ def fine_tune_on_validation(
     model.requires_grad_(True)
 
 
-def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
-    """Keep the first blocks, and perhaps the embeddings, as they are in what follows.
-
-    Of the value embedding its scales for each layer still train, as in system #578.
-    """
-    for block in model.blocks[:blocks]:
-        block.requires_grad_(False)
-    if embeddings:
-        for name, parameter in model.named_parameters():
-            if re.match(r"(head|bigram|value_embedding)\.(?!layer_scales)", name):
-                parameter.requires_grad_(False)
-
-
-def text_gradients(forward: Callable, rows: np.ndarray, cfg: Config, rt: Runtime) -> Tensor:
-    """Add the gradients of the mean loss of rows (n, T + 1), shared by the ranks; returns it."""
-    mine, total = rt.to_device(rows[rt.share(len(rows))]), torch.zeros((), device=rt.device)
-    for micro in mine.split(max(cfg.micro_batch_tokens // cfg.eval_seq_len, 1)):
-        if len(micro):
-            loss = forward(*inputs_and_targets(micro)) * (len(micro) / len(rows))
-            loss.backward()
-            total += loss.detach()
-    rt.sum_(total)
-    return total
-
-
 # ---------------------------------------------------------------------------------------------
-# 7  Quantization
+# 9  Quantization
 # GPTQ: round the columns of a matrix one after the other and let the later ones make up for the
 # error in the outputs. Hessians come from training text, inside the training budget.
 # ---------------------------------------------------------------------------------------------
 
+
 GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a row of zeros needs some scale
 
 
 @dataclass(frozen=True)
@@ -2997,39 +3096,6 @@ def collect_hessians(
         rt.sum_(total, count)
         total.div_(count)
     return sums
-
-
-def smallest_step(bits: int, *, floored: bool) -> float:
-    """The least step of a row: what float16 can hold, or, in two public systems, 1 over the top."""
-    return 1 / (2 ** (bits - 1) - 1) if floored else SMALLEST_SCALE
-
-
-def row_scales(
-    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float], smallest: float
-) -> Tensor:
-    """The float16 step of each row: half its range over the largest code, at least `smallest`.
-
-    The range is `clip_sigmas` standard deviations (SDClip), or the best of some percentiles.
-    """
-    if percentiles:
-        scales = percentile_scales(weight, bits, percentiles, smallest)
-    else:
-        scales = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
-    return scales.clamp_min(smallest).half()
-
-
-def percentile_scales(
-    weight: Tensor, bits: int, percentiles: Sequence[float], smallest: float
-) -> Tensor:
-    """Per row, of the steps that end the range at a percentile of |w|, the one with least error."""
-    sizes, top = weight.detach().float().abs(), 2 ** (bits - 1) - 1
-    at = torch.tensor(percentiles, device=weight.device)
-    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(smallest)  # (P, rows)
-    if len(percentiles) == 1:
-        return steps[0]
-    rounded = [(sizes / s[:, None]).round().clamp_max(top) * s[:, None] for s in steps]
-    errors = torch.stack([(r - sizes).square().sum(1) for r in rounded])
-    return steps.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
 def round_to_nearest(weight: Tensor, scales: Tensor, bits: int) -> Quantized:
@@ -3137,6 +3203,29 @@ def quantize_model(
     return stored
 
 
+def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime, log: Log) -> Config:
+    """The configuration with the time that calibration and quantization of this model will take.
+
+    Two batches of calibration and, on rank 0, one pass of the quantizer tell; a tenth is added.
+    """
+    silent, plan = Log(".", "", enabled=False), depth_plan(cfg, looped=True)
+    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
+    begin = time.perf_counter()
+    hessians = collect_hessians(model, loader, 0, plan, trial, rt, silent)
+    rt.synchronize()
+    middle = time.perf_counter()
+    if rt.is_main:
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        quantize_model(weights, hessians, cfg, silent)
+        rt.synchronize()
+    batches = cfg.gptq_calibration_batches / trial.gptq_calibration_batches
+    needed = 1.1 * ((middle - begin) * batches + time.perf_counter() - middle)
+    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
+    log.line(f"GPTQ:reserving {seconds:.1f}s for calibration and quantization, as measured")
+    log.put(gptq_reserve_seconds=seconds)
+    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
+
+
 def prune_ones(tensors: Mapping[str, Quantized | Tensor], bits: int, count: int) -> int:
     """Zero up to `count` codes of +-1, those of the smallest steps first, in place.
 
@@ -3159,11 +3248,12 @@ def prune_ones(tensors: Mapping[str, Quantized | Tensor], bits: int, count: int)
 
 
 # ---------------------------------------------------------------------------------------------
-# 8  Artifact
+# 10  Artifact
 # Bytes on disk and back. A frame (magic, version, compressor, lengths, CRC of everything) holds one
 # compressed payload: a JSON header and raw streams. No pickle; equal weights give equal bytes; all
 # is checked before any of it is used.
 # ---------------------------------------------------------------------------------------------
+
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
 FRAME = struct.Struct("<4sBBQQI")  # magic, version, compressor, payload bytes, raw bytes, CRC-32
@@ -3362,11 +3452,6 @@ def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[st
 FIT_ATTEMPTS, FIT_SLACK = 8, 0.001  # a search ends within this part of the limit
 TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer steps gain
 PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
-
-
-def code_bytes() -> int:
-    """The literal size of the file that runs: it counts against ARTIFACT_LIMIT_BYTES."""
-    return Path(__file__).stat().st_size
 
 
 def expected_bytes(cfg: Config) -> tuple[int, int]:
@@ -3570,7 +3655,7 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 9  Evaluation
+# 11  Evaluation
 # A window is (start, first_scored, stop). Windows of one evaluation score every target exactly
 # once, in order. Test-time training may use a target only after the window that scores it.
 # ---------------------------------------------------------------------------------------------
@@ -3878,6 +3963,20 @@ class TestTimeTraining:
         return late
 
 
+def score_text(
+    forward: Callable,
+    plan: DepthPlan,
+    val: ValidationTokens,
+    cfg: Config,
+    rt: Runtime,
+    show: Callable[..., None],
+    **options: Any,
+) -> tuple[Score, Ledger]:
+    """Every target once, in windows side by side unless `options` of `evaluate` say otherwise."""
+    options = dict(stride=cfg.eval_seq_len) | options
+    return evaluate(functools.partial(forward, plan=plan), val, cfg, rt, show=show, **options)
+
+
 BASELINE_MAX_BYTES = 4_000_000  # xz and brotli need seconds per megabyte
 
 
@@ -3893,21 +3992,8 @@ def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> di
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[bytes]:
-    """The documents of a token stream, as UTF-8; CaseOps marks are left in."""
-    starts = np.flatnonzero(tokens == bos)
-    parts = (part[part != bos] for part in np.split(tokens, starts[starts > 0]))
-    if tokenizer.suffix == ".json":
-        yield from ((part - BYTE_OFFSET).astype(np.uint8).tobytes() for part in parts)
-        return
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    yield from (model.decode(part.tolist()).encode() for part in parts)
-
-
 # ---------------------------------------------------------------------------------------------
-# 10  Main
+# 12  Main
 # Data, train, quantize, pack; then read the artifact back from disk and score it.
 # ---------------------------------------------------------------------------------------------
 
@@ -3987,6 +4073,9 @@ def announce_text(
     log.put(data=facts, baselines=baselines)
 
 
+TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
+
+
 def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log) -> int:
     """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained."""
     with rt.together(), rt.budget.phase("data"):
@@ -4025,23 +4114,6 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
         if rt.is_main:
             write_artifact(model, hessians, trained, table, cfg, rt, log)
     return trained.steps
-
-
-TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
-
-
-def score_text(
-    forward: Callable,
-    plan: DepthPlan,
-    val: ValidationTokens,
-    cfg: Config,
-    rt: Runtime,
-    show: Callable[..., None],
-    **options: Any,
-) -> tuple[Score, Ledger]:
-    """Every target once, in windows side by side unless `options` of `evaluate` say otherwise."""
-    options = dict(stride=cfg.eval_seq_len) | options
-    return evaluate(functools.partial(forward, plan=plan), val, cfg, rt, show=show, **options)
 
 
 def train_model(
@@ -4233,56 +4305,6 @@ def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log
     ended = datetime.datetime.now().astimezone().isoformat()
     log.put(budget=report, result=result, ended=ended)
     log.line("result " + " ".join(f"{key}={value}" for key, value in result.items()))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def earlier_run(cfg: Config, run_id: str) -> str:
-    """The result line of a finished run of this name, settings and code, else nothing.
-
-    What a run of this name left unfinished is renamed, so that a sweep can be started again.
-    Raises: ConfigError if the finished run had other settings or code, or if it still runs.
-    """
-    folder, text = Path(cfg.log_dir), Path(cfg.log_dir) / f"{run_id}.txt"
-    if not text.exists():
-        return ""
-    with open(text, "rb") as stream:
-        if not lock(stream):
-            raise ConfigError(f"RUN_ID={run_id}: {text} is being written; choose another RUN_ID")
-    try:
-        record = json.loads((folder / f"{run_id}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # cut off before it wrote anything
-        record = {}
-    if "result" in record:
-        then = {name: fact["value"] for name, fact in record["config"].items()}
-        now = {s.name: getattr(cfg, s.name) for s in knobs()}
-        if record["code"]["sha256"] == file_sha256(Path(__file__)) and then == now:
-            return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
-        raise ConfigError(
-            f"RUN_ID={run_id}: {text} is a finished run of other settings or code; choose another "
-            "RUN_ID"
-        )
-    aside = f"{run_id}.unfinished{time.time_ns()}"
-    for suffix in ("txt", "json", "bin", "ckpt"):
-        with contextlib.suppress(FileNotFoundError):
-            (folder / f"{run_id}.{suffix}").rename(folder / f"{aside}.{suffix}")
-    return ""
-
-
-def lock(stream: Any) -> bool:
-    """Take a file for this process until it ends or closes it; False if another process has it."""
-    try:
-        import fcntl  # not on every system
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def audit(cfg: Config, rt: Runtime) -> int:

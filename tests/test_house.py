@@ -77,7 +77,8 @@ def test_every_public_function_and_class_has_a_docstring_and_types():
 def test_the_sections_stand_in_the_order_the_program_runs():
     found = re.findall(r"^# (\d+)  (\w+)", SOURCE, flags=re.M)
     names = (
-        "Configuration Runtime Data Model Optimizer Training Quantization Artifact Evaluation Main"
+        "Settings Runtime Data Kernels Tensors Model Optimizer Training Quantization Artifact "
+        "Evaluation Main"
     )
     assert found == [(str(i), name) for i, name in enumerate(names.split(), 1)]
 
