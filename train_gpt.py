@@ -29,6 +29,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import struct
 import sys
 import time
@@ -52,7 +53,7 @@ from torch import Tensor, library, nn
 
 
 class UserError(Exception):
-    """Something the user can mend: one readable line, exit status 2.
+    """An error the user can fix: one readable line, exit status 2.
 
     on_all_ranks: every rank raises it, so that rank 0 can speak for all.
     """
@@ -75,17 +76,21 @@ class ArtifactError(UserError):
 
 
 class DivergenceError(UserError):
-    """The loss stopped being a number."""
+    """The loss became NaN or infinite."""
 
     on_all_ranks = True
 
 
 class LedgerError(RuntimeError):
-    """Scoring broke a rule of the game: our mistake, or somebody's trick. condition: C3 or C4."""
+    """Scoring broke a rule of the game: our bug, or a trick. condition: C3 or C4."""
 
     def __init__(self, condition: str, message: str):
         super().__init__(message)
         self.condition = condition
+
+
+# The rules: seconds of training and of evaluation, bytes of code and artifact together.
+TRAINING_SECONDS, EVALUATION_SECONDS, TOTAL_BYTES = 600.0, 600.0, 16_000_000
 
 
 def code_bytes() -> int:
@@ -102,12 +107,10 @@ def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -
         low, high: inclusive range of a number.
         choices: allowed values of a string.
         model: True if a stored model cannot be rebuilt without it; such settings travel in the
-        artifact.
+            artifact.
     """
-    return field(
-        default=default,
-        metadata=dict(sentence=sentence, low=low, high=high, choices=choices, model=model),
-    )
+    names = dict(sentence=sentence, low=low, high=high, choices=choices, model=model)
+    return field(default=default, metadata=names)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Config:
     )
     kernels: str = knob(
         "auto",
-        "fused Triton kernels; auto: on CUDA, if they agree there with what they replace",
+        "fused Triton kernels; auto: on CUDA, each that agrees there with its eager twin",
         choices=("auto", "0", "1"),
     )
     artifact: str = knob("", "score this artifact instead of training one")
@@ -149,7 +152,7 @@ class Config:
     loader: str = knob(
         "shuffled", "order of the windows", choices=("shuffled", "sequential", "coprime")
     )
-    val_tokens: int = knob(0, "score only so many validation targets, 0: all [tokens]", low=0)
+    val_tokens: int = knob(0, "number of validation targets to score, 0: all [tokens]", low=0)
     # Model
     vocab_size: int = knob(8192, "tokens in the vocabulary", low=8, high=65536, model=True)
     num_layers: int = knob(11, "physical layers", low=1, high=256, model=True)
@@ -157,17 +160,15 @@ class Config:
     num_heads: int = knob(8, "query heads", low=1, model=True)
     num_kv_heads: int = knob(4, "key and value heads; divides NUM_HEADS", low=1, model=True)
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", low=0.25, model=True)
-    leaky_relu_slope: float = knob(0.5, "of the MLP; 0: relu squared", low=0.0, model=True)
-    xsa_last_n: int = knob(11, "so many last layers have XSA", low=0, model=True)
-    parallel_residual_start: int = knob(
-        7, "first layer in parallel form; NUM_LAYERS: none", low=0, model=True
-    )
+    leaky_relu_slope: float = knob(0.5, "of the MLP; 0: ReLU squared", low=0.0, model=True)
+    xsa_last_n: int = knob(11, "number of final layers that use XSA", low=0, model=True)
+    parallel_residual_start: int = knob(7, "first parallel layer", low=0, model=True)
     parallel_residual_form: str = knob(
-        "gptj", "one stream or two", choices=("gptj", "lanes"), model=True
+        "gptj", "of parallel layers: one stream or two", choices=("gptj", "lanes"), model=True
     )
-    skip_gates_enabled: bool = knob(True, "skips are mixed by a gate, else added", model=True)
-    max_skips: int = knob(256, "most skip connections", low=0, model=True)
-    smear_gate_enabled: bool = knob(False, "mix each input with the one before", model=True)
+    skip_gates_enabled: bool = knob(True, "skips are mixed in by a gate, else added", model=True)
+    max_skips: int = knob(256, "maximum number of skip connections", low=0, model=True)
+    smear_gate_enabled: bool = knob(False, "mix each input with the previous one", model=True)
     bigram_vocab_size: int = knob(0, "buckets of the bigram hash, 0: none", low=0, model=True)
     bigram_dim: int = knob(128, "width of the bigram table", low=1, model=True)
     ve_dim: int = knob(0, "width of the value embedding, 0: none", low=0, model=True)
@@ -176,40 +177,36 @@ class Config:
     loop_end: int = knob(5, "last layer of the loop", low=0, model=True)
     num_loops: int = knob(2, "extra visits of the looped layers, 0: no loop", low=0, model=True)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", low=1.0, model=True)
-    rope_dims: int = knob(16, "dimensions of a head that are rotated; even", low=2, model=True)
+    rope_dims: int = knob(16, "rotated dimensions of a head; even", low=2, model=True)
     rope_train_seq_len: int = knob(
         2048, "longest text without NTK rescale [tokens]", low=1, model=True
     )
     logit_softcap: float = knob(30.0, "logits stay within plus or minus this", low=1.0, model=True)
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries")
     scaled_projections: bool = knob(
-        False, "bigram and value projections begin orthogonal / sqrt(2 NUM_LAYERS), else orthogonal"
+        False, "bigram and value projections begin smaller by sqrt(2 NUM_LAYERS)"
     )
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", low=0.0)
     # Training
-    iterations: int = knob(20000, "steps at most", low=1)
+    iterations: int = knob(20000, "maximum number of steps", low=1)
     max_wallclock_seconds: float = knob(
-        600.0, "limit of training and calibration, 0: none [s]", low=0.0
+        TRAINING_SECONDS, "limit of training and calibration, 0: none [s]", low=0.0
     )
     gptq_reserve_seconds: float = knob(
-        0.0, "part of that limit kept for calibration and quantization, 0: measured [s]", low=0.0
+        0.0, "fraction of that limit kept for calibration, 0: measured [s]", low=0.0
     )
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
-    doc_packing: bool = knob(
-        False, "in a training step no position sees another document; scoring reads on"
-    )
-    micro_batch_tokens: int = knob(
-        98304, "most tokens of one forward on one device [tokens]", low=1
-    )
-    warmup_steps: int = knob(20, "steps per depth plan before the clock, undone", low=0)
-    warmdown_frac: float = knob(0.72, "part of training in which rates fall", low=0.0, high=1.0)
+    doc_masking: bool = knob(False, "while training, no position sees another document")
+    micro_batch_tokens: int = knob(98304, "most tokens of one forward on one device", low=1)
+    warmup_steps: int = knob(20, "steps per stage before the clock, undone", low=0)
+    warmdown_frac: float = knob(0.72, "fraction in which rates fall", low=0.0, high=1.0)
     warmdown_iters: int = knob(0, "steps in which rates fall, 0: WARMDOWN_FRAC", low=0)
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", low=0.0, high=1.0)
-    enable_looping_at: float = knob(0.35, "part of training before the loop", low=0.0, high=1.0)
+    enable_looping_at: float = knob(0.35, "fraction of training before the loop", low=0.0, high=1.0)
     enable_looping_at_step: int = knob(0, "step of the loop, 0: ENABLE_LOOPING_AT", low=0)
     late_qat_threshold: float = knob(
-        0.0, "rate multiplier below which matrices train rounded", low=0.0, high=1.0
+        0.0, "learning-rate multiplier below which matrices train rounded", low=0.0, high=1.0
     )
     ema_decay: float = knob(0.9965, "decay of the weight average, each step", low=0.0, high=1.0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient, 0: any", low=0.0)
@@ -233,18 +230,16 @@ class Config:
     # Fine-tuning on the validation text before quantization: never in a record
     prequant_ttt_epochs: int = knob(0, "epochs over the validation text, 0: none", low=0)
     prequant_ttt_lr: float = knob(4.5e-4, "its learning rate in the first epoch", low=0.0)
-    prequant_ttt_freeze_blocks: int = knob(1, "so many first layers stay as they are", low=0)
+    prequant_ttt_freeze_blocks: int = knob(1, "number of first layers that are frozen", low=0)
     prequant_ttt_batch_tokens: int = knob(524288, "tokens of a step [tokens]", low=1)
     # Quantization and artifact
     gptq_calibration_batches: int = knob(64, "batches, each an eighth of TRAIN_BATCH_TOKENS", low=1)
     matrix_bits: int = knob(6, "width of a matrix entry [bits]", low=2, high=8)
     matrix_clip_sigmas: float = knob(
-        12.85, "half the range of a row, in its standard deviations", low=0.1
+        12.85, "half the range of a row, in its standard deviations (SDClip)", low=0.1
     )
     embed_bits: int = knob(8, "width of an embedding entry [bits]", low=2, high=8)
-    embed_clip_sigmas: float = knob(
-        20.0, "half the range of a row, in its standard deviations", low=0.1
-    )
+    embed_clip_sigmas: float = knob(20.0, "the same of a row of the embedding", low=0.1)
     clip_rule: str = knob("sigmas", "how a row's range is found", choices=("sigmas", "percentile"))
     scale_floor: bool = knob(False, "a row's step is at least 1 over the largest code")
     gptq_order: str = knob(
@@ -256,30 +251,30 @@ class Config:
         "tightest", "what makes an artifact fit", choices=("tightest", "wider", "prune")
     )
     compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
-    artifact_limit_bytes: int = knob(
-        16_000_000, "limit of code and artifact together [bytes]", low=1
-    )
+    artifact_limit_bytes: int = knob(TOTAL_BYTES, "limit of code and artifact [bytes]", low=1)
     # Evaluation
     eval_seq_len: int = knob(2048, "length of a scoring window [tokens]", low=2)
     eval_stride: int = knob(64, "targets scored per window [tokens]; at most EVAL_SEQ_LEN", low=1)
     sliding_window_enabled: bool = knob(True, "score with sliding windows too")
-    ttt_enabled: bool = knob(True, "score with test-time training too")
-    ttt_lr: float = knob(0.005, "learning rate of test-time training at the first chunk", low=0.0)
+    ttt_enabled: bool = knob(True, "score with test-time training (TTT) too")
+    ttt_lr: float = knob(0.005, "learning rate of TTT at the first chunk", low=0.0)
     ttt_epochs: int = knob(3, "steps over each scored chunk", low=1)
-    ttt_momentum: float = knob(0.9, "momentum of test-time training", low=0.0, high=1.0)
-    ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
-    ttt_train_chunks: int = knob(0, "only so many first chunks adapt, 0: all", low=0)
-    ttt_freeze_blocks: int = knob(0, "so many first layers stay as they are", low=0)
-    ttt_freeze_embeddings: bool = knob(False, "embeddings stay as they are")
-    ttt_ema_decay: float = knob(0.0, "score with an average, 0: without", low=0.0, high=1.0)
-    ttt_grad_clip: float = knob(1.0, "largest gradient norm of test-time training", low=0.0)
+    ttt_momentum: float = knob(0.9, "momentum of TTT's SGD", low=0.0, high=1.0)
+    ttt_optimizer: str = knob("sgd", "of TTT", choices=("sgd", "adamw"))
+    ttt_train_chunks: int = knob(0, "number of first chunks that adapt, 0: all", low=0)
+    ttt_freeze_blocks: int = knob(0, "number of first layers that TTT freezes", low=0)
+    ttt_freeze_embeddings: bool = knob(False, "TTT freezes the embeddings")
+    ttt_ema_decay: float = knob(0.0, "TTT scores with an average, 0: without", low=0.0, high=1.0)
+    ttt_grad_clip: float = knob(1.0, "largest gradient norm of TTT, 0: any", low=0.0)
     ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
     eval_wallclock_seconds: float = knob(
-        600.0, "limit from reading the artifact to the last score, 0: none [s]", low=0.0
+        EVALUATION_SECONDS,
+        "limit from reading the artifact to the last score, 0: none [s]",
+        low=0.0,
     )
     # Audit
     audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
-    audit_tokens: int = knob(768, "targets that it scores again and again [tokens]", low=64)
+    audit_tokens: int = knob(768, "targets that the audit scores repeatedly [tokens]", low=64)
     # Where the values came from (`default`, `smoke`, `environment`, `artifact`); not settings.
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -310,10 +305,8 @@ class Config:
                 except ValueError as error:
                     problems.append(f"{setting.name.upper()}={text}: {error}")
         smoke = given.get("smoke", "auto")
-        if smoke == "1" or (smoke == "auto" and not cuda and not SMOKE_BLOCKERS & given.keys()):
-            values = SMOKE | given
-        else:
-            values = given
+        small = smoke == "1" or (smoke == "auto" and not cuda and not SMOKE_BLOCKERS & given.keys())
+        values = SMOKE | given if small else given
         sources = {
             s.name: "environment" if s.name in given else "smoke" if s.name in values else "default"
             for s in knobs()
@@ -359,15 +352,11 @@ class Config:
         expect("ve_layers", inside, f"layers below NUM_LAYERS={self.num_layers}, by commas")
         fits = self.clip_rule == "sigmas" or self.fit_rule == "prune"
         expect("fit_rule", fits, "prune, as CLIP_RULE=percentile has no wider ranges")
-        alike = not (self.int8_sensitive and self.late_qat_threshold)
-        expect("int8_sensitive", alike, "nothing: LATE_QAT_THRESHOLD rounds all to MATRIX_BITS")
+        one_width = not (self.int8_sensitive and self.late_qat_threshold)
+        expect("int8_sensitive", one_width, "nothing: LATE_QAT_THRESHOLD rounds all to MATRIX_BITS")
         expect("bigram_vocab_size", self.bigram_vocab_size != 1, "0, or at least 2")
-        code = code_bytes()
-        expect(
-            "artifact_limit_bytes",
-            self.artifact_limit_bytes > code,
-            f"more than the code's own {code}",
-        )
+        code, fits = code_bytes(), self.artifact_limit_bytes > code_bytes()
+        expect("artifact_limit_bytes", fits, f"more than the code's own {code}")
         expect("checkpoint", not (self.artifact and self.checkpoint), "nothing beside ARTIFACT")
         expect("audit", not self.audit or bool(self.artifact), "ARTIFACT, the file to audit")
         expect("audit", not self.audit or world_size == 1, "one process, without torchrun")
@@ -384,10 +373,8 @@ class Config:
     @property
     def tokenizer_file(self) -> Path:
         pure_byte, bpe = "fineweb_pure_byte_260.json", f"fineweb_{self.vocab_size}_bpe.model"
-        default = (
-            Path(self.data_dir) / "tokenizers" / (pure_byte if self.vocab_size == 260 else bpe)
-        )
-        return Path(self.tokenizer_path) if self.tokenizer_path else default
+        name = pure_byte if self.vocab_size == 260 else bpe
+        return Path(self.tokenizer_path or Path(self.data_dir) / "tokenizers" / name)
 
     @property
     def mlp_hidden(self) -> int:
@@ -405,11 +392,19 @@ class Config:
         limit = self.max_wallclock_seconds
         return limit - self.gptq_reserve_seconds if limit else math.inf
 
-    def micro_batches(self, world_size: int) -> int:
-        """Forwards per step and rank: the fewest equal ones that fit MICRO_BATCH_TOKENS."""
-        rows = self.train_batch_tokens // self.train_seq_len // world_size
-        most = self.micro_batch_tokens // self.train_seq_len
-        return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+    @property
+    def train_rows(self) -> int:
+        """Sequences of one step, over all ranks."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    def micro_rows(self, world_size: int) -> int:
+        """Sequences of one training forward: the most that divide a rank's and fit the device."""
+        rows, most = self.train_rows // world_size, self.micro_batch_tokens // self.train_seq_len
+        return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+
+    def values(self) -> dict[str, Any]:
+        """Every setting by name."""
+        return {s.name: getattr(self, s.name) for s in knobs()}
 
     def model_settings(self) -> dict[str, Any]:
         """The settings that a stored model cannot be rebuilt without."""
@@ -470,6 +465,7 @@ ALIASES = {
     "PARALLEL_START_LAYER": "parallel_residual_start",
     "GPTQ_CALIB_BATCHES": "gptq_calibration_batches",
     "RECUR_START_STEP": "enable_looping_at_step",
+    "DOC_PACKING": "doc_masking",
 }
 
 
@@ -496,7 +492,7 @@ def knobs() -> tuple[dataclasses.Field, ...]:
 
 
 def unknown_variables(env: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Variables that look meant for us and are no setting: (problems, warnings)."""
+    """Variables that look meant for us and are not settings: (problems, warnings)."""
     known = {s.name.upper() for s in knobs()} | set(ALIASES)
     problems, warnings = [], []
     for name in sorted(set(env) - known):
@@ -551,55 +547,55 @@ def help_text() -> str:
     for setting in knobs():
         default = int(setting.default) if isinstance(setting.default, bool) else setting.default
         value, limits = str(default) or "(empty)", describe_range(setting).strip()
-        lines.append(
-            f"  {setting.name.upper():<28}{value:<12}{setting.metadata['sentence']}"
-            + (f" ({limits})" if limits else "")
-        )
+        line = f"  {setting.name.upper():<28}{value:<12}{setting.metadata['sentence']}"
+        lines.append(line + f" ({limits})" * bool(limits))
     lines += ["", "Other names for a setting:", ""]
     lines += [f"  {alias:<28}{name.upper()}" for alias, name in ALIASES.items()]
-    small = ", ".join(
-        f"{name.upper()}={value}"
-        for name, value in SMOKE.items()
-        if name not in ("data_path", "tokenizer_path")
-    )
+    paths = ("data_path", "tokenizer_path")
+    small = ", ".join(f"{name.upper()}={v}" for name, v in SMOKE.items() if name not in paths)
     return "\n".join([*lines, "", f"SMOKE=1 takes the sample in data/sample and {small}."])
 
 
 # ---------------------------------------------------------------------------------------------
 # 2  Runtime
-# Ranks, device, clock and log. Only Runtime talks to torch.distributed; collectives are no-ops on
-# one rank, so that one process and many run the same lines. Every rank makes the same calls.
+# Ranks, device, clock, log and files of a run. Only Runtime talks to torch.distributed; collectives
+# are no-ops on one rank, so that one process and many run the same lines. Every rank makes the same
+# calls.
 # ---------------------------------------------------------------------------------------------
 
 
-# Of one SXM device, by the vendor's data sheets: dense bf16 FLOP/s, and bytes/s of its memory.
-PEAKS: dict[str, tuple[float, float]] = {
-    "H100": (989.4e12, 3.35e12),
-    "H200": (989.4e12, 4.8e12),
-    "A100": (311.9e12, 2.039e12),
-}
-
-
+# Dense bf16 operations per second and bytes of memory per second of one device, by data sheets.
+PEAKS = {"H100": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12), "A100": (311.9e12, 2.039e12)}
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 compresses alone for minutes
 
 
 class Budget:
     """A ledger of phases on a monotonic clock. An inner phase stops the clock of the outer one.
 
-    Time outside all phases is booked as "other", so that every second is booked once. `finish` is
-    called where a phase begins or ends: it waits for the device. started: local date and time.
+    Every second is charged to exactly one phase of PHASES; time outside all of them is "other".
+    `finish` is called where a phase begins or ends: it waits for the device. started: local date
+    and time.
     """
 
     TRAINING = ("train", "calibration")  # everything that reads training data inside the clock
     EVALUATION = ("decompression", "quantized", "quantized_sliding_window", "quantized_ttt")
+    PHASES = (
+        *("other", "data", "baseline", "warm-up", "train", "diagnostic", "fine-tuning"),
+        *("calibration", "quantization", "compression", *EVALUATION),
+    )
 
-    def __init__(self, finish: Callable[[], None] = lambda: None):
+    def __init__(self, cfg: Config, finish: Callable[[], None] = lambda: None):
         self.finish, self.seconds, self.open = finish, {}, ["other"]
+        self.limits = dict(
+            training=(self.TRAINING, cfg.max_wallclock_seconds),
+            evaluation=(self.EVALUATION, cfg.eval_wallclock_seconds),
+        )
         self.since, self.started = time.perf_counter(), datetime.datetime.now().astimezone()
 
     @contextlib.contextmanager
     def phase(self, name: str):
         """Time a block; the time of equal names adds up."""
+        assert name in self.PHASES, f"phase {name} is not in the closed list"
         self.finish()
         self.tick()
         self.open.append(name)
@@ -611,17 +607,17 @@ class Budget:
             self.open.pop()
 
     def tick(self) -> None:
-        """Book the time since the last tick to the innermost open phase."""
+        """Charge the time since the last tick to the innermost open phase."""
         now, name = time.perf_counter(), self.open[-1]
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
         self.since = now
 
-    def total(self, phases: Iterable[str]) -> float:
+    def total(self, *phases: str) -> float:
         """Seconds of these phases up to now, without waiting for the device."""
         self.tick()
         return sum(self.seconds.get(name, 0.0) for name in phases)
 
-    def report(self, cfg: Config) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Seconds of each phase, and the two sums that the rules limit beside their limits.
 
         wall_seconds are those of the calendar's clock; what they exceed the phases by would be time
@@ -632,20 +628,18 @@ class Budget:
         sums: dict[str, Any] = dict(
             wall_seconds=wall, unbooked_seconds=wall - sum(self.seconds.values())
         )
-        for name, phases, limit in (
-            ("training", self.TRAINING, cfg.max_wallclock_seconds),
-            ("evaluation", self.EVALUATION, cfg.eval_wallclock_seconds),
-        ):
-            spent = self.total(phases)
+        for name, (phases, limit) in self.limits.items():
+            spent = self.total(*phases)
             sums[name] = dict(seconds=spent, limit=limit, within=not limit or spent <= limit)
         return dict(phases=dict(self.seconds), **sums)
 
 
 class Runtime:
-    """Ranks, device and types of this process. A context manager: it owns the process group.
+    """Ranks, device and types of this process, and what every part of a run writes to.
 
-    Attributes: rank, world_size, device, compute_dtype (of activations), is_main; budget, the time
-    that this process spends, by phase.
+    A context manager: it owns the process group. Attributes: rank, world_size, device,
+    compute_dtype (of activations), is_main; budget, the time that this process spends, by phase;
+    folder, the files of the run, and log, which is silent until `open_run`.
     """
 
     def __init__(self, cfg: Config, env: Mapping[str, str]):
@@ -657,7 +651,8 @@ class Runtime:
             dtype = "bfloat16" if cuda else "float32"
         self.compute_dtype = getattr(torch, dtype)
         self.compiles = cuda if cfg.compile == "auto" else cfg.compile == "1"
-        self.budget, self.created = Budget(self.synchronize), time.perf_counter()
+        self.budget, self.created = Budget(cfg, self.synchronize), time.perf_counter()
+        self.folder, self.log = None, Log(None)
 
     def __enter__(self) -> Runtime:
         if self.device.type == "cuda":
@@ -670,10 +665,25 @@ class Runtime:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # After an error the other ranks may never come to a meeting point: leave without one.
+        self.log.close(error)
+        # After an error the other ranks may never reach the barrier: leave without one.
         if self.world_size > 1 and kind is None:
             dist.barrier()
             dist.destroy_process_group()
+
+    def open_run(self, cfg: Config) -> str:
+        """Name the run, take its files, and open its log on rank 0.
+
+        Returns: the result line of a finished run of this name, settings and code, else nothing.
+        Raises: ConfigError on all ranks if the name is taken or its files cannot be written.
+        """
+        name = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
+        self.folder, done = RunFolder(cfg.log_dir, self.from_main(name)), ""
+        with self.together():
+            if self.is_main:
+                done = self.folder.finished(cfg)
+                self.log = self.log if done else Log(self.folder)
+        return self.from_main(done)
 
     def sum_(self, *tensors: Tensor) -> None:
         """Add tensors of one dtype over all ranks, in place, in one message."""
@@ -697,14 +707,14 @@ class Runtime:
         return finish
 
     def start_sum_parts(self, groups: list[list[Tensor]]) -> Callable[[], list[list[Tensor]]]:
-        """Start adding tensors over all ranks; each rank gets the sums of its `part` of each group.
+        """Start adding tensors over all ranks; a rank gets the sums of its `share` of each group.
 
         All groups travel in one message: who clips by the norm waits for the last one anyway.
         """
         if self.world_size == 1:
             return lambda: groups
         ranks = range(self.world_size)
-        parts = [[x for g in groups for x in g[self.part(len(g), rank)]] for rank in ranks]
+        parts = [[x for g in groups for x in g[self.share(len(g), rank)]] for rank in ranks]
         sizes = [sum(x.numel() for x in part) for part in parts]
         for part, size in zip(parts, sizes, strict=True):  # the first is the largest: pad the rest
             part.append(groups[0][0].new_zeros(sizes[0] - size))
@@ -717,7 +727,7 @@ class Runtime:
         def finish() -> list[list[Tensor]]:
             work.wait()
             pieces = iter(sums.split([x.numel() for x in parts[self.rank]]))
-            own = [g[self.part(len(g))] for g in groups]
+            own = [g[self.share(len(g))] for g in groups]
             return [[next(pieces).view_as(x) for x in group] for group in own]
 
         return finish
@@ -736,13 +746,16 @@ class Runtime:
 
         return finish
 
-    def part(self, count: int, rank: int | None = None) -> slice:
-        """A rank's part of `count` items, this one's if none is named: equal but for the last."""
+    def share(self, count: int, rank: int | None = None) -> slice:
+        """A rank's part of `count` items, this one's if none is named.
+
+        Parts are contiguous, and equal until the items run out: the first is the largest.
+        """
         rank, each = self.rank if rank is None else rank, -(-count // self.world_size)
-        return slice(rank * each, (rank + 1) * each)
+        return slice(min(rank * each, count), min((rank + 1) * each, count))
 
     def agree_max(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks, so that all decide alike."""
+        """The largest of each value over the ranks, so that all ranks decide the same."""
         if self.world_size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
@@ -757,6 +770,13 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object), by rank, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     @contextlib.contextmanager
     def together(self):
         """Turn a UserError of any rank inside the block into the same error on every rank."""
@@ -765,21 +785,34 @@ class Runtime:
             yield
         except UserError as caught:
             error = caught
-        errors = [error]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-        for found in errors:
+        for found in self.gather_objects(error):
             if found is not None:
                 found.on_all_ranks = True
                 raise found
 
+    def read_bytes(self, path: str | Path) -> bytes:
+        """The bytes of a file that rank 0 can read, on every rank.
+
+        Raises: ArtifactError on all ranks if it cannot be read.
+        """
+        blob = b""
+        with self.together():
+            try:
+                blob = Path(path).read_bytes() if self.is_main else blob
+            except OSError as error:
+                message = f"{path}: {error.strerror}; give the file that a run wrote"
+                raise ArtifactError(message) from error
+        return self.from_main(blob)
+
     def compile(self, function: Callable) -> Callable:
-        """A module or function, compiled for static shapes where this run compiles."""
+        """A function or, in place, a module, compiled for static shapes where this run compiles."""
         if not self.compiles:
             return function
         # Each plan and shape, with gradients and without, is a graph; torch would stop at eight.
         torch._dynamo.config.recompile_limit = 64
+        if isinstance(function, torch.nn.Module):
+            function.compile(dynamic=False, fullgraph=True)
+            return function
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def compilations(self) -> int:
@@ -796,11 +829,6 @@ class Runtime:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True).long()
-
-    def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` items; parts differ by one item at most."""
-        first, stop = (count * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        return slice(first, stop)
 
     def peak_flops(self) -> float | None:
         """Dense bf16 operations per second of one device by its data sheet, if it is known."""
@@ -824,6 +852,36 @@ class Runtime:
         )
 
 
+class Pace:
+    """Predicts a missed deadline from how long the work took so far.
+
+    Args:
+        phases: of the budget, whose seconds count; limit: of their sum, 0 or infinite: none.
+    """
+
+    def __init__(self, rt: Runtime, phases: Sequence[str], limit: float):
+        self.rt, self.phases, self.limit = rt, phases, limit or math.inf
+        self.pieces = collections.defaultdict(list)  # seconds of a unit in each piece, by kind
+
+    @contextlib.contextmanager
+    def piece(self, kind: str, units: int = 1):
+        """Time a piece of so many units of work."""
+        begin = time.perf_counter()
+        yield
+        self.pieces[kind].append((time.perf_counter() - begin) / max(units, 1))
+
+    def late(self, **units: float) -> bool:
+        """Whether so many more units of each kind would end after the limit; alike on all ranks.
+
+        By the median piece; the first of a kind includes compilation and is not representative.
+        """
+        if math.isinf(self.limit):
+            return False
+        known = {kind: self.pieces[kind][1:] for kind in units}
+        more = sum(units[k] * float(np.median(seconds)) for k, seconds in known.items() if seconds)
+        return self.rt.agree_max(self.rt.budget.total(*self.phases) + more)[0] > self.limit
+
+
 def cpu_name() -> str:
     """The processor's name, from Linux or from Python."""
     try:
@@ -833,10 +891,23 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def full_disk(path: Path, what: str, error: OSError) -> ArtifactError:
+    """The error for a file that cannot be written."""
+    return ArtifactError(
+        f"{path}: could not write {what}: {error.strerror}; free some space or set LOG_DIR to "
+        "another disk"
+    )
+
+
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file beside its name and rename it, so that the name never holds a half-written file.
 
-    Raises: ArtifactError if the disk refuses; the part that was written is removed.
+    Raises: ArtifactError if it cannot be written; the part that was written is removed.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -846,18 +917,10 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         part.replace(path)
     except OSError as error:
-        raise ArtifactError(
-            f"{path}: could not write {len(data):,} bytes: {error.strerror}; free some "
-            "space or set LOG_DIR to another disk"
-        ) from error
+        raise full_disk(path, f"{len(data):,} bytes", error) from error
     finally:  # gone already if all went well; also if the run is interrupted
         with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def lock(stream: Any) -> bool:
@@ -873,117 +936,124 @@ def lock(stream: Any) -> bool:
     return True
 
 
-class Log:
-    """Console, text file and JSON of one run; on every rank but the first it says nothing.
+class RunFolder:
+    """The files of one run: its log, JSON, artifact and checkpoint in LOG_DIR, named by RUN_ID."""
 
-    replace: overwrite the text file, which must not exist otherwise.
-    Attributes: record, the content of the JSON; path(suffix) names the run's files.
-    """
+    SUFFIXES = ("txt", "json", "bin", "ckpt")
 
-    PLAIN_SECONDS, BAR_SECONDS = 15.0, 0.2  # between two progress lines in a file, on a terminal
-
-    def __init__(
-        self, folder: str, run_id: str, *, enabled: bool = True, stream=None, replace: bool = False
-    ):
-        self.folder, self.run_id, self.enabled = Path(folder), run_id, enabled
-        self.stream, self.record, self.file = stream or sys.stdout, {}, None
-        self.bar = self.stream.isatty()
-        self.pause_seconds = self.BAR_SECONDS if self.bar else self.PLAIN_SECONDS
-        if enabled:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                mode = "w" if replace else "x"
-                self.file = open(self.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
-                lock(self.file)
-            except OSError as error:
-                raise ConfigError(
-                    f"LOG_DIR={folder}, RUN_ID={run_id}: {error.strerror}; choose others"
-                ) from error
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.enabled:
-            if error is not None:
-                with contextlib.suppress(ArtifactError):  # the first error is the one to report
-                    self.put(error=f"{kind.__name__}: {error}")
-            with contextlib.suppress(OSError):  # what the disk refuses now, it refused before
-                self.file.close()
+    def __init__(self, folder: str, run_id: str):
+        self.folder, self.run_id = Path(folder), run_id
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.run_id}.{suffix}"
 
+    def finished(self, cfg: Config) -> str:
+        """The result line of a finished run of this name, settings and code, else nothing.
+
+        What a run of this name left unfinished is renamed, so that a sweep can be started again.
+        Raises: ConfigError if the finished run had other settings or code, or if it still runs.
+        """
+        text, who = self.path("txt"), f"RUN_ID={self.run_id}: {self.path('txt')}"
+        if not text.exists():
+            return ""
+        with open(text, "rb") as stream:
+            if not lock(stream):
+                raise ConfigError(f"{who} is being written; choose another RUN_ID")
+        try:
+            record = json.loads(self.path("json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # cut off before it wrote anything
+            record = {}
+        if "result" in record:
+            then = {name: fact["value"] for name, fact in record["config"].items()}
+            same_code = record["code"]["sha256"] == file_sha256(Path(__file__))
+            if same_code and then == cfg.values():
+                return key_values("result", record["result"])
+            raise ConfigError(
+                f"{who} is a finished run of other settings or code; choose another RUN_ID"
+            )
+        aside = RunFolder(str(self.folder), f"{self.run_id}.unfinished{time.time_ns()}")
+        for suffix in self.SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                self.path(suffix).rename(aside.path(suffix))
+        return ""
+
+
+def key_values(label: str, facts: Mapping[str, Any]) -> str:
+    """A line of the log: a label, then ``key=value`` pairs."""
+    return " ".join([label, *(f"{key}={value}" for key, value in facts.items())])
+
+
+class Log:
+    """Console, text file and JSON of one run; without a folder it is silent.
+
+    replace: overwrite the text file, which must not exist otherwise.
+    Attributes: record, the content of the JSON.
+    """
+
+    PLAIN_SECONDS, BAR_SECONDS = 15.0, 0.2  # between two progress lines in a file, on a terminal
+
+    def __init__(self, folder: RunFolder | None, *, stream=None, replace: bool = False):
+        self.folder, self.stream, self.record = folder, stream or sys.stdout, {}
+        self.bar = self.stream.isatty()
+        self.pause_seconds = self.BAR_SECONDS if self.bar else self.PLAIN_SECONDS
+        if folder is not None:
+            try:
+                folder.folder.mkdir(parents=True, exist_ok=True)
+                mode = "w" if replace else "x"
+                self.file = open(folder.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
+                lock(self.file)
+            except OSError as error:
+                raise ConfigError(
+                    f"LOG_DIR={folder.folder}, RUN_ID={folder.run_id}: {error.strerror}; choose "
+                    "others"
+                ) from error
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close the file; the JSON says by which error the run ended."""
+        if self.folder is not None:
+            if error is not None:
+                with contextlib.suppress(ArtifactError):  # the first error is the one to report
+                    self.put(error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # a disk that is full now was full before
+                self.file.close()
+
     def line(self, text: str) -> None:
         """One event, one line, on the console and in the file."""
-        if self.enabled:
+        if self.folder is not None:
             print("\r\x1b[K" * self.bar + text, file=self.stream, flush=True)
             try:
                 print(text, file=self.file, flush=True)
             except OSError as error:
-                raise ArtifactError(
-                    f"{self.path('txt')}: could not write a line: {error.strerror}; free some "
-                    "space or set LOG_DIR to another disk"
-                ) from error
+                raise full_disk(self.folder.path("txt"), "a line", error) from error
 
     def put(self, **facts: Any) -> None:
         """Add facts to the JSON and save it, so that a run that is cut off leaves what it knew."""
         self.record.update(facts)
-        if self.enabled:
+        if self.folder is not None:
             text = json.dumps(self.record, indent=1, default=str)
-            atomic_write(self.path("json"), text.encode())
+            atomic_write(self.folder.path("json"), text.encode())
 
     def progress(self, label: str) -> Callable[..., None]:
-        """A function of (part done, note="") that shows, now and then, how far and how long."""
+        """A function of (fraction done, note="") that shows, now and then, how far and how long."""
         started = shown = time.monotonic()
 
-        def show(part: float, note: str = "") -> None:
+        def show(frac: float, note: str = "") -> None:
             nonlocal shown
             now = time.monotonic()
-            if not self.enabled or now - shown < self.pause_seconds:
+            if self.folder is None or now - shown < self.pause_seconds:
                 return
             shown = now
-            left = f"{(now - started) * (1 - part) / part:.0f}s" if part > 0 else "?"
-            text = f"{label} {part:4.0%} time_left:{left} {note}".rstrip()
+            left = f"{(now - started) * (1 - frac) / frac:.0f}s" if frac > 0 else "?"
+            text = f"{label} {frac:4.0%} time_left:{left} {note}".rstrip()
             if self.bar:
-                filled = int(24 * min(part, 1.0))
-                print(f"\r\x1b[K[{'#' * filled:<24}] {text}", end="", file=self.stream, flush=True)
+                filled = "#" * int(24 * min(frac, 1.0))
+                width = shutil.get_terminal_size().columns - 1
+                bar = f"[{filled:<24}] {text}"[:width]
+                print(f"\r\x1b[K{bar}", end="", file=self.stream, flush=True)
             else:
                 self.line(text)
 
         return show
-
-
-def earlier_run(cfg: Config, run_id: str) -> str:
-    """The result line of a finished run of this name, settings and code, else nothing.
-
-    What a run of this name left unfinished is renamed, so that a sweep can be started again.
-    Raises: ConfigError if the finished run had other settings or code, or if it still runs.
-    """
-    folder, text = Path(cfg.log_dir), Path(cfg.log_dir) / f"{run_id}.txt"
-    if not text.exists():
-        return ""
-    with open(text, "rb") as stream:
-        if not lock(stream):
-            raise ConfigError(f"RUN_ID={run_id}: {text} is being written; choose another RUN_ID")
-    try:
-        record = json.loads((folder / f"{run_id}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # cut off before it wrote anything
-        record = {}
-    if "result" in record:
-        then = {name: fact["value"] for name, fact in record["config"].items()}
-        now = {s.name: getattr(cfg, s.name) for s in knobs()}
-        if record["code"]["sha256"] == file_sha256(Path(__file__)) and then == now:
-            return "result " + " ".join(f"{k}={v}" for k, v in record["result"].items())
-        raise ConfigError(
-            f"RUN_ID={run_id}: {text} is a finished run of other settings or code; choose another "
-            "RUN_ID"
-        )
-    aside = f"{run_id}.unfinished{time.time_ns()}"
-    for suffix in ("txt", "json", "bin", "ckpt"):
-        with contextlib.suppress(FileNotFoundError):
-            (folder / f"{run_id}.{suffix}").rename(folder / f"{aside}.{suffix}")
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1013,7 +1083,7 @@ def read_shard(path: Path) -> np.ndarray:
         raise DataError(f"{path}: {error.strerror}") from error
     if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
         raise DataError(
-            f"{path}: no token shard: expected {SHARD_HEADER_BYTES} header bytes that begin "
+            f"{path}: not a token shard: expected {SHARD_HEADER_BYTES} header bytes that begin "
             f"with {SHARD_MAGIC}; fetch or build it again"
         )
     if header[1] != SHARD_VERSION:
@@ -1037,7 +1107,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def set_fingerprint(shards: Sequence[Path], tokenizer: Path) -> str:
-    """A name for the content of a token set, cheap enough for each run: 32 hex digits.
+    """Content fingerprint of a token set, cheap enough for each run: 32 hex digits.
 
     Covers the tokenizer and every shard below 64 MiB whole; of a longer one its length and 64
     blocks of 64 KiB, evenly spread. Folder names and dates do not matter.
@@ -1159,7 +1229,7 @@ class Loader:
         return out
 
     def batches(self, rt: Runtime, rows: int, first: int = 0) -> Iterator[Tensor]:
-        """This rank's part of step after step, read ahead by a thread.
+        """This rank's windows of step after step, which a thread prefetches.
 
         Args:
             rows: windows of one step over all ranks.
@@ -1216,25 +1286,18 @@ def find_documents(tokens: Tensor) -> Documents:
     return Documents(ids, F.pad(first.flatten(), (0, 1), value=rows * length).int())
 
 
-def check_documents(bos: int, cfg: Config) -> None:
-    """Raises: ConfigError if DOC_PACKING cannot see where this tokenizer's documents begin."""
-    if cfg.doc_packing and not cfg.artifact and bos != BOS:
-        raise ConfigError(f"DOC_PACKING=1: the tokenizer's BOS is {bos}, expected {BOS}; unset it")
-
-
 @dataclass(frozen=True)
 class ByteTable:
     """What each token adds to the text: the three tables by which this field charges bytes.
 
     Attributes (one entry per token id): base_bytes, UTF-8 length without the leading space;
     leading_space, whether the piece begins with a space; is_boundary, control and unused ids, after
-    which that space is not written. bos: the id that opens a document. digest: of the tokenizer.
+    which that space is not written. digest: of the tokenizer.
     """
 
     base_bytes: np.ndarray
     leading_space: np.ndarray
     is_boundary: np.ndarray
-    bos: int
     digest: str
     has_marks: bool = False  # CaseOps: only the byte sidecar knows what a token is charged
 
@@ -1261,7 +1324,7 @@ class ByteTable:
             raise DataError(f"{path}: expected the byte260 tokenizer and VOCAB_SIZE=260")
         control = np.arange(vocab_size) < BYTE_OFFSET
         digest = hashlib.sha256(blob).hexdigest()
-        return cls((~control).astype(np.int16), np.zeros_like(control), control, 1, digest)
+        return cls((~control).astype(np.int16), np.zeros_like(control), control, digest)
 
     @classmethod
     def from_sentencepiece(cls, path: Path, blob: bytes, vocab_size: int) -> ByteTable:
@@ -1271,7 +1334,7 @@ class ByteTable:
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=blob)
         except RuntimeError as error:
-            raise DataError(f"{path}: no SentencePiece model; {GET_DATA}") from error
+            raise DataError(f"{path}: not a SentencePiece model; {GET_DATA}") from error
         if model.vocab_size() != vocab_size:
             raise DataError(
                 f"{path}: {model.vocab_size()} pieces, expected VOCAB_SIZE={vocab_size}; set "
@@ -1288,7 +1351,7 @@ class ByteTable:
         ]
         digest = hashlib.sha256(blob).hexdigest()
         has_marks = set(pieces) >= CASEOPS_MARKS
-        table = cls(np.array(base, np.int16), space, silent, model.bos_id(), digest, has_marks)
+        table = cls(np.array(base, np.int16), space, silent, digest, has_marks)
         table.refuse_miscounting(model, pieces, path)
         return table
 
@@ -1300,21 +1363,21 @@ class ByteTable:
             if not silent and self.SPACE in p.removeprefix(self.SPACE)
         ]
         faults = [
-            (self.SPACE not in pieces, f"the bare space {self.SPACE} is no piece"),
+            (self.SPACE not in pieces, f"the bare space {self.SPACE} is not a piece"),
             (sum(map(model.is_byte, range(len(pieces)))) != 256, "it has no byte fallback"),
             (bool(inner), f"piece {inner[:1]} has a space past its beginning"),
-            (self.bos < 0, "it has no BOS"),
+            (model.bos_id() != BOS, f"its BOS is {model.bos_id()}, expected {BOS}"),
         ]
         # Piece by piece, after one that opens no word: a decoder may rewrite what it is given.
         plain = [i for i, s in enumerate(self.is_boundary) if not s and not model.is_byte(i)]
         for first in [i for i in plain if not self.leading_space[i]][:1]:
             for i, text in zip(plain, model.decode([[first, i] for i in plain]), strict=True):
-                charged = int(self.charge(np.array([self.bos, first, i])).sum())
+                charged = int(self.charge(np.array([BOS, first, i])).sum())
                 fault = f"piece {pieces[i]!r} is miscounted"
                 faults.append((charged != len(text.encode()), fault))
         for text in BYTE_PROBES:
             ids = model.encode(text)
-            charged = int(self.charge(np.array([self.bos, *ids])).sum())
+            charged = int(self.charge(np.array([BOS, *ids])).sum())
             faults.append((charged != len(model.decode(ids).encode()), f"{text!r} is miscounted"))
         for found, fault in faults:
             if found:
@@ -1361,9 +1424,9 @@ class ValidationTokens:
         """
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, len(table.base_bytes), str(paths[0].parent / "fineweb_val_*.bin"))
-        if tokens[0] != table.bos:
+        if tokens[0] != BOS:
             raise DataError(
-                f"{paths[0]}: begins with token {tokens[0]}, expected BOS={table.bos}; the "
+                f"{paths[0]}: begins with token {tokens[0]}, expected BOS={BOS}; the "
                 "shards belong to another tokenizer"
             )
         found = len(tokens) - 1
@@ -1384,7 +1447,7 @@ class ValidationTokens:
         if not table.has_marks:
             return table.charge(tokens)
         sidecar = np.concatenate([read_shard(p) for p in find_shards(paths[0].parent, "val_bytes")])
-        if len(sidecar) != len(tokens) or sidecar[tokens == table.bos].any():
+        if len(sidecar) != len(tokens) or sidecar[tokens == BOS].any():
             raise DataError(
                 f"{paths[0].parent}: the byte sidecar ({len(sidecar):,} entries) is not of these "
                 f"{len(tokens):,} validation tokens; fetch or build both again"
@@ -1392,10 +1455,10 @@ class ValidationTokens:
         return sidecar[1:].astype(np.int16)
 
 
-def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[bytes]:
+def decode_documents(tokens: np.ndarray, tokenizer: Path) -> Iterator[bytes]:
     """The documents of a token stream, as UTF-8; CaseOps marks are left in."""
-    starts = np.flatnonzero(tokens == bos)
-    parts = (part[part != bos] for part in np.split(tokens, starts[starts > 0]))
+    starts = np.flatnonzero(tokens == BOS)
+    parts = (part[part != BOS] for part in np.split(tokens, starts[starts > 0]))
     if tokenizer.suffix == ".json":
         yield from ((part - BYTE_OFFSET).astype(np.uint8).tobytes() for part in parts)
         return
@@ -1407,7 +1470,8 @@ def decode_documents(tokens: np.ndarray, tokenizer: Path, bos: int) -> Iterator[
 
 # ---------------------------------------------------------------------------------------------
 # 4  Kernels
-# Attention and the fused operations, beside the eager twins that define them.
+# Attention and the fused operations, beside the eager twins that define them. A `Backend` says who
+# computes what; it is chosen once, by agreement of values and gradients, the same on every rank.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1442,125 +1506,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None 
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
-def wave(*shape: int, like: Tensor, pitch: float = 1.0) -> Tensor:
-    """Numbers without a pattern, within plus or minus 1.7, in the type and place of `like`."""
-    steps = torch.arange(math.prod(shape), device=like.device, dtype=torch.float64)
-    return (1.7 * (steps * pitch).sin()).to(like.dtype).view(shape)
-
-
-def difference(twin: Callable, kernel: Callable, *inputs: Tensor) -> str:
-    """Why a kernel must not stand for its twin; "" if outputs and all gradients agree."""
-    results = []
-    for function in (twin, kernel):
-        own = [x.detach().clone().requires_grad_() for x in inputs]
-        out = function(*own)
-        out = out if isinstance(out, tuple) else (out,)
-        upstream = [wave(*x.shape, like=x, pitch=2.0) for x in out]
-        results.append([*out, *torch.autograd.grad(out, own, upstream)])
-    tolerance = 0.01 if inputs[0].dtype == torch.float32 else 0.04  # of TF32 and of bfloat16
-    for expected, got in zip(*results, strict=True):
-        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
-        if not error <= tolerance:  # also if it is no number
-            return f"it is wrong by {error:.1e} of the largest value on this device"
-    return ""
-
-
-def by_document(
-    varlen: Callable, q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any
-) -> Tensor:
-    """Attention by a kernel for rows of several lengths laid end to end: a row a document."""
-    flat, bounds, longest = (x.flatten(0, 1) for x in (q, k, v)), documents.bounds, q.shape[1]
-    out = varlen(*flat, bounds, bounds, longest, longest, **options)
-    return (out[0] if isinstance(out, tuple) else out).view_as(q)
-
-
-@functools.lru_cache
-def one_backend(choice: str, *, packed: bool) -> Callable:
-    """`sdpa_attention` by one kernel inside PyTorch alone.
-
-    "fa4" puts FlashAttention 4 in the place of "flash", for the whole process.
-    Raises: AttributeError, ImportError or RuntimeError where that cannot be.
-    """
-    backends = torch.nn.attention.SDPBackend
-    backend = backends.CUDNN_ATTENTION if choice == "cudnn" else backends.FLASH_ATTENTION
-    if choice == "fa4":
-        torch.nn.attention.activate_flash_attention_impl("FA4")
-    varlen = None
-    if packed and choice != "cudnn":
-        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        if documents is not None and varlen is not None:
-            options = dict(window_size=(-1, 0), enable_gqa=True)
-            return by_document(varlen, q, k, v, documents, **options)
-        with torch.nn.attention.sdpa_kernel(backend):
-            return sdpa_attention(q, k, v, documents)
-
-    return attention
-
-
-def flash_attention_3(device: torch.device, dtype: torch.dtype) -> tuple[Callable | None, str]:
-    """FlashAttention 3 as an attention kernel, or None and why not.
-
-    It is one module under two names, by the age of the package; it needs a Hopper GPU and 16 bits.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None, "the device is no Hopper GPU"
-    if dtype == torch.float32:
-        return None, "activations are float32"
-    why_not = []
-    for name in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
-        try:
-            package = importlib.import_module(name)
-            break
-        except ImportError as error:
-            why_not.append(f"{name} does not import ({error})")
-    else:
-        return None, why_not[0]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-        if documents is not None:
-            return by_document(package.flash_attn_varlen_func, q, k, v, documents, causal=True)
-        out = package.flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # older wheels: (out, log-sum-exp)
-
-    return attention, "installed"
-
-
-def select_attention(
-    choice: str, device: torch.device, dtype: torch.dtype, *, packed: bool = False
-) -> tuple[str, Callable, str]:
-    """Decide once which attention kernel a run uses: (name, function, reason).
-
-    packed: it must be able to keep documents apart.
-    Raises: ConfigError if the choice cannot be honoured.
-    """
-    named = {"plain": plain_attention, "sdpa": sdpa_attention}
-    if choice in named:
-        return choice, named[choice], "as set"
-    if choice in ("auto", "fa3"):
-        kernel, why = flash_attention_3(device, dtype)
-        if kernel is None and choice == "fa3":
-            raise ConfigError(f"ATTENTION=fa3: {why}; unset it or set ATTENTION=sdpa")
-        if kernel is None:
-            return "sdpa", sdpa_attention, f"no fa3: {why}"
-        return "fa3", kernel, "as set" if choice == "fa3" else why
-    try:
-        kernel = one_backend(choice, packed=packed)
-        q = wave(2, 64, 4, 64, like=torch.empty((), device=device, dtype=dtype))
-        documents = find_documents((q[:, :, 0, 0] > 1).long()) if packed else None
-        problem = difference(
-            lambda q: plain_attention(q, q[:, :, :2], q[:, :, 2:], documents),
-            lambda q: kernel(q, q[:, :, :2], q[:, :, 2:], documents),
-            q,
-        )
-    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"{error}".partition(". ")[0].partition("\n")[0]
-    if problem:
-        raise ConfigError(f"ATTENTION={choice}: {problem}; unset it or set ATTENTION=sdpa")
-    return choice, kernel, "as set"
-
-
 def rms_norm(x: Tensor) -> Tensor:
     """Divide by the root mean square over the last dimension; no weight."""
     return F.rms_norm(x, x.shape[-1:])
@@ -1574,79 +1519,80 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([u * cos + w * sin, w * cos - u * sin, rest], dim=-1)
 
 
-class Kernels(NamedTuple):
-    """The parts of the model that exist twice: as PyTorch operations and as Triton kernels.
-
-    cross_entropy: (logits (N, V) before the cap, targets (N,), cap, reduction) -> nats, float32.
-    mlp_up: (x (..., D), weight (H, D), slope) -> LeakyReLU squared of the product, (..., H).
-    norm_rotate: (q (B, T, H, D), k (B, T, K, D), gain (H,), rotary table) -> q and k.
-    exclude_self: (y (B, T, H, D), v (B, T, K, D)) -> (B, T, H, D).
-    mix_norm: (x, x0 (B, T, D), mix (2, D), scale) -> the mix and its scaled norm.
-    """
-
-    cross_entropy: Callable
-    mlp_up: Callable
-    norm_rotate: Callable
-    exclude_self: Callable
-    mix_norm: Callable
-
-
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Logits squeezed smoothly into plus or minus cap, in float32."""
     return cap * torch.tanh(logits.float() / cap)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
-    """Loss of the capped logits; see `Kernels`."""
+    """Loss of the capped logits; see `Backend`."""
     return F.cross_entropy(softcap(logits, cap), targets, reduction=reduction)
 
 
 def mlp_up(x: Tensor, weight: Tensor, slope: float) -> Tensor:
-    """The MLP up to its second matrix; see `Kernels`."""
+    """The MLP up to its second matrix; see `Backend`."""
     return F.leaky_relu(F.linear(x, weight), slope).square()
 
 
 def norm_rotate(
     q: Tensor, k: Tensor, gain: Tensor, rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Normalise, rotate, and give each query head its gain; see `Kernels`."""
+    """Normalise, rotate, and give each query head its gain; see `Backend`."""
     q, k = (rotate(rms_norm(heads), rotary) for heads in (q, k))
     return q * gain[:, None].to(q.dtype), k
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self attention: take from y (B, T, H, D) its part along the own v (B, T, K, D)."""
+    """XSA, exclusive self attention: take from y (B, T, H, D) its part along the own v.
+
+    Each position keeps what the others told it. Source: pull request #1493 of
+    openai/parameter-golf, which names it so.
+    """
     grouped = y.unflatten(2, (v.shape[2], -1))  # (B, T, K, H / K, D)
     own = F.normalize(v, dim=-1)[:, :, :, None]
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
-def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Mix the embedding stream into the running one, and normalise; see `Kernels`."""
-    mix = mix.to(x.dtype)
-    x = mix[0] * x + mix[1] * x0
-    return x, rms_norm(x) * scale
+class Backend(NamedTuple):
+    """Who computes each operation of the model: PyTorch, unless `choose_backend` decides otherwise.
+
+    attention: (q (B, T, H, D), k, v (B, T, K, D), documents or None) -> (B, T, H, D), causal.
+    cross_entropy: (logits (N, V) before the cap, targets (N,), cap, reduction) -> nats, float32.
+    mlp_up: (x (..., D), weight (H, D), slope) -> LeakyReLU squared of the product, (..., H).
+    norm_rotate: (q (B, T, H, D), k (B, T, K, D), gain (H,), rotary table) -> q and k.
+    exclude_self: (y (B, T, H, D), v (B, T, K, D)) -> (B, T, H, D).
+    dtype: of the activations. why: what was chosen, and the reasons.
+    """
+
+    attention: Callable = plain_attention
+    cross_entropy: Callable = cross_entropy
+    mlp_up: Callable = mlp_up
+    norm_rotate: Callable = norm_rotate
+    exclude_self: Callable = exclude_self
+    dtype: torch.dtype = torch.float32
+    why: str = ""
 
 
-EAGER = Kernels(cross_entropy, mlp_up, norm_rotate, exclude_self, mix_norm)
+EAGER = Backend()
 
 
 def operator(
     name: str,
     inputs: str,
-    wrt: Sequence[int],
     shapes: Callable,
     compute: Callable,
+    *,
+    wrt: Sequence[int],
     kept: Sequence[int] = (),
 ) -> Callable:
     """A differentiable function that is one opaque node of a compiled graph, each way.
 
     Args:
         inputs: the arguments as an operator's schema names them, tensors first.
-        wrt: places of the arguments that get a gradient.
         shapes: (*arguments) -> outputs, unwritten, contiguous.
         compute: (None, *arguments) -> outputs; (gradients of outputs and then kept outputs,
             *arguments) -> gradients. All tensors come contiguous.
+        wrt: places of the arguments that get a gradient.
         kept: places of the outputs, the last ones, that only the gradient reads.
     """
 
@@ -1747,7 +1693,7 @@ def triton_cross_entropy() -> Callable:
         return [out]
 
     inputs = "Tensor logits, Tensor targets, float cap"
-    score = operator("cross_entropy", inputs, (0,), shapes, compute, kept=(1,))
+    score = operator("cross_entropy", inputs, shapes, compute, wrt=(0,), kept=(1,))
 
     def function(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
         each = score(logits, targets, cap)[0]
@@ -1811,7 +1757,7 @@ def triton_mlp_up() -> Callable:
         return [grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)]
 
     inputs = "Tensor x, Tensor weight, float slope"
-    up = operator("mlp_up", inputs, (0, 1), shapes, compute, kept=(1,))
+    up = operator("mlp_up", inputs, shapes, compute, wrt=(0, 1), kept=(1,))
     return lambda x, weight, slope: up(x, weight, slope)[0]
 
 
@@ -1862,7 +1808,11 @@ def triton_norm_rotate() -> Callable:
         return [out] if ups is None else [out, along.sum((0, 1)).to(gain.dtype)]
 
     inputs = "Tensor x, Tensor cos, Tensor sin, Tensor gain"
-    one = operator("norm_rotate", inputs, (0, 3), lambda x, *_: [x.new_empty(x.shape)], compute)
+
+    def shapes(x: Tensor, *_: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape)]
+
+    one = operator("norm_rotate", inputs, shapes, compute, wrt=(0, 3))
     return lambda q, k, gain, rotary: (
         one(q, *rotary, gain)[0],
         one(k, *rotary, gain.new_ones(k.shape[2]))[0],
@@ -1913,92 +1863,140 @@ def triton_exclude_self() -> Callable:
     def shapes(y: Tensor, v: Tensor) -> list[Tensor]:
         return [y.new_empty(y.shape)]
 
-    one = operator("exclude_self", "Tensor y, Tensor v", (0, 1), shapes, compute)
+    one = operator("exclude_self", "Tensor y, Tensor v", shapes, compute, wrt=(0, 1))
     return lambda y, v: one(y, v)[0]
 
 
-def triton_mix_norm() -> Callable:
-    """`mix_norm` in one pass, each way; a program takes 16 tiles of rows, one after the other.
-
-    Each program sums its part of the gradient of `mix`; PyTorch adds up the programs.
-    """
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def blend(out, out2, sums, up_x, up_normed, x, x0, mix, scale, rows, SHAPE: tl.constexpr):
-        R: tl.constexpr = SHAPE[0]
-        C: tl.constexpr = SHAPE[1]
-        width: tl.constexpr = SHAPE[2]
-        column = tl.arange(0, C)[None]
-        a = tl.load(mix + column, mask=column < width, other=0.0).to(tl.float32)
-        b = tl.load(mix + width + column, mask=column < width, other=0.0).to(tl.float32)
-        sum_a = tl.zeros((R, C), tl.float32)
-        sum_b = tl.zeros((R, C), tl.float32)
-        for step in range(16):
-            row = (tl.program_id(0) * 16 + step) * R + tl.arange(0, R)[:, None]
-            inside, place = (row < rows) & (column < width), row.to(tl.int64) * width + column
-            u = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(x0 + place, mask=inside, other=0.0).to(tl.float32)
-            z = a * u + b * w
-            inverse = tl.rsqrt(tl.sum(z * z, 1)[:, None] / width + 1.1920928955078125e-07)
-            if sums is None:
-                tl.store(out + place, z, mask=inside)
-                tl.store(out2 + place, z * inverse * scale, mask=inside)
-            else:
-                z *= inverse
-                up = scale * tl.load(up_normed + place, mask=inside, other=0.0).to(tl.float32)
-                up = inverse * (up - z * tl.sum(up * z, 1)[:, None] / width)
-                up += tl.load(up_x + place, mask=inside, other=0.0).to(tl.float32)
-                tl.store(out + place, a * up, mask=inside)
-                tl.store(out2 + place, b * up, mask=inside)
-                sum_a += up * u
-                sum_b += up * w
-        if sums is not None:
-            first = sums + tl.program_id(0) * 2 * width + column
-            tl.store(first, tl.sum(sum_a, 0)[None], mask=column < width)
-            tl.store(first + width, tl.sum(sum_b, 0)[None], mask=column < width)
-
-    def compute(ups: list[Tensor] | None, x: Tensor, x0: Tensor, mix: Tensor, scale: float):
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        programs = triton.cdiv(rows, 16 * tile(width)[0])
-        outputs = [torch.empty_like(x) for _ in range(2)]
-        sums = None if ups is None else mix.new_empty(programs, 2, width, dtype=torch.float32)
-        args = *outputs, sums, *(ups or (None, None)), x, x0, mix, scale, rows
-        blend[(programs,)](*args, (*tile(width), width))
-        return outputs if ups is None else [*outputs, sums.sum(0).to(mix.dtype)]
-
-    def shapes(x: Tensor, *_: Any) -> list[Tensor]:
-        return [x.new_empty(x.shape) for _ in range(2)]
-
-    inputs = "Tensor x, Tensor x0, Tensor mix, float scale"
-    one = operator("mix_norm", inputs, (0, 1, 2), shapes, compute)
-    return lambda *args: tuple(one(*args))
-
-
-@functools.lru_cache(maxsize=1)
-def triton_kernels() -> Kernels:
-    """The Triton twin of `EAGER`. Raises ImportError where there is no Triton."""
-    return Kernels(
-        triton_cross_entropy(),
-        triton_mlp_up(),
-        triton_norm_rotate(),
-        triton_exclude_self(),
-        triton_mix_norm(),
+@functools.lru_cache(maxsize=1)  # an operator has its name once in a process
+def triton_kernels() -> dict[str, Callable]:
+    """The Triton twins of operations of `EAGER`. Raises ImportError where there is no Triton."""
+    return dict(
+        cross_entropy=triton_cross_entropy(),
+        mlp_up=triton_mlp_up(),
+        norm_rotate=triton_norm_rotate(),
+        exclude_self=triton_exclude_self(),
     )
 
 
-@functools.lru_cache
-def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
-    """What speaks against the Triton kernels on this device, "" for nothing: tries each of them."""
+def wave(*shape: int, like: Tensor, pitch: float = 1.0) -> Tensor:
+    """Deterministic test input within plus or minus 1.7, in the type and place of `like`."""
+    steps = torch.arange(math.prod(shape), device=like.device, dtype=torch.float64)
+    return (1.7 * (steps * pitch).sin()).to(like.dtype).view(shape)
+
+
+def difference(twin: Callable, kernel: Callable, *inputs: Tensor) -> str:
+    """Why a kernel must not stand for its twin; "" if outputs and all gradients agree."""
+    results = []
+    for function in (twin, kernel):
+        own = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*own)
+        out = out if isinstance(out, tuple) else (out,)
+        upstream = [wave(*x.shape, like=x, pitch=2.0) for x in out]
+        results.append([*out, *torch.autograd.grad(out, own, upstream)])
+    tolerance = 0.01 if inputs[0].dtype == torch.float32 else 0.04  # of TF32 and of bfloat16
+    for expected, got in zip(*results, strict=True):
+        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+        if not error <= tolerance:  # also if it is NaN
+            return f"it is wrong by {error:.1e} of the largest value on this device"
+    return ""
+
+
+def by_document(
+    varlen: Callable, qkv: Sequence[Tensor], documents: Documents, **options: Any
+) -> Tensor:
+    """Attention by a kernel for rows of several lengths laid end to end: a row a document."""
+    flat, bounds, longest = (x.flatten(0, 1) for x in qkv), documents.bounds, qkv[0].shape[1]
+    out = varlen(*flat, bounds, bounds, longest, longest, **options)
+    return (out[0] if isinstance(out, tuple) else out).view_as(qkv[0])
+
+
+def flash_attention_3(rt: Runtime) -> Callable:
+    """FlashAttention 3, one module under two names by the age of the package.
+
+    Raises: RuntimeError unless it has a Hopper GPU and 16 bits; ImportError.
+    """
+    if rt.device.type != "cuda" or torch.cuda.get_device_capability(rt.device)[0] != 9:
+        raise RuntimeError("the device is not a Hopper GPU")
+    if rt.compute_dtype == torch.float32:
+        raise RuntimeError("activations are float32")
     try:
-        kernels, knobs_of_triton = triton_kernels(), importlib.import_module("triton.knobs")
+        package = importlib.import_module("flash_attn_interface")
+    except ImportError:
+        package = importlib.import_module("flash_attn_3.flash_attn_interface")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None:
+            varlen = package.flash_attn_varlen_func
+            return by_document(varlen, (q, k, v), documents, causal=True)
+        out = package.flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # older wheels: (out, log-sum-exp)
+
+    return attention
+
+
+def attention_kernel(choice: str, rt: Runtime, *, documents: bool) -> Callable:
+    """The attention of a package, or of one kernel inside PyTorch, as `plain_attention` is called.
+
+    documents: it must be able to keep documents apart. "fa4" puts FlashAttention 4 in the place of
+    "flash", for the whole process.
+    Raises: AttributeError, ImportError or RuntimeError where that cannot be.
+    """
+    if choice == "fa3":
+        return flash_attention_3(rt)
+    backends = torch.nn.attention.SDPBackend
+    backend = backends.CUDNN_ATTENTION if choice == "cudnn" else backends.FLASH_ATTENTION
+    if choice == "fa4":
+        torch.nn.attention.activate_flash_attention_impl("FA4")
+    varlen = None
+    if documents and choice != "cudnn":
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents is not None and varlen is not None:
+            options = dict(window_size=(-1, 0), enable_gqa=True)
+            return by_document(varlen, (q, k, v), documents, **options)
+        with torch.nn.attention.sdpa_kernel(backend):
+            return sdpa_attention(q, k, v, documents)
+
+    return attention
+
+
+def choose_attention(choice: str, rt: Runtime, *, documents: bool) -> tuple[str, Callable, str]:
+    """The attention of a run: (name, function, reason); see `choose_backend`."""
+    named = {"plain": plain_attention, "sdpa": sdpa_attention}
+    if choice in named:
+        return choice, named[choice], "as set"
+    name, kernel = "fa3" if choice == "auto" else choice, None
+    q = wave(2, 64, 4, 64, like=torch.empty((), device=rt.device, dtype=rt.compute_dtype))
+    mask = find_documents((q[:, :, 0, 0] > 1).long()) if documents else None
+
+    def halves(attention: Callable, q: Tensor) -> Tensor:
+        return attention(q, q[:, :, :2], q[:, :, 2:], mask)
+
+    try:
+        kernel = attention_kernel(name, rt, documents=documents)
+        calls = (functools.partial(halves, f) for f in (plain_attention, kernel))
+        fault = difference(*calls, q)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        fault = f"{error}".partition(". ")[0].partition("\n")[0]
+    fault = next(filter(None, rt.gather_objects(fault)), "")
+    if fault and choice != "auto":
+        raise ConfigError(f"ATTENTION={choice}: {fault}; unset it or set ATTENTION=sdpa")
+    if fault:
+        return "sdpa", sdpa_attention, f"fa3 cannot be used: {fault}"
+    return name, kernel, "it agrees with plain attention" if choice == "auto" else "as set"
+
+
+def kernel_faults(rt: Runtime) -> dict[str, str]:
+    """By operation, why its Triton kernel cannot be used on this device; "" if it can."""
+    try:
+        kernels, interpreter = triton_kernels(), importlib.import_module("triton.knobs").runtime
     except ImportError as error:
-        return f"triton does not import ({error})"
-    if device.type != "cuda" and not knobs_of_triton.runtime.interpret:
-        return "the device is no GPU"
-    like = torch.empty((), device=device, dtype=dtype)
-    targets = torch.arange(96, device=device) * 11
+        return {"triton": f"it does not import ({error})"}
+    if rt.device.type != "cuda" and not interpreter.interpret:
+        return {"triton": "the device is not a GPU"}
+    like = torch.empty((), device=rt.device, dtype=rt.compute_dtype)
+    targets = torch.arange(96, device=rt.device) * 11
     rotary = tuple(wave(48, 1, 8, like=like.float(), pitch=pitch) for pitch in (1.1, 1.2))
     # Widths as in a model; numbers of rows and outputs that fill no tile.
     x, weight = wave(2, 48, 256, like=like), wave(320, 256, like=like, pitch=1.4)
@@ -2008,58 +2006,55 @@ def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
         mlp_up=(lambda f, *a: f(*a, 0.5), x, weight),
         norm_rotate=(lambda f, *a: f(*a, rotary), q, v, wave(4, like=like.float())),
         exclude_self=(lambda f, *a: f(*a), q, v),
-        mix_norm=(lambda f, *a: f(*a, 0.5), x, x.roll(1), wave(2, 256, like=like.float())),
     )
+    faults = {}
     for name, (call, *inputs) in cases.items():
-        twin, kernel = (functools.partial(call, getattr(k, name)) for k in (EAGER, kernels))
+        calls = (functools.partial(call, f) for f in (getattr(EAGER, name), kernels[name]))
         try:
-            problem = difference(twin, kernel, *inputs)
+            faults[name] = difference(*calls, *inputs)
         except Exception as error:  # whatever a compiler may raise on a device it does not know
-            problem = f"{type(error).__name__}: " + f"{error}".partition("\n")[0]
-        if problem:
-            return f"{name}: {problem}"
-    return ""
+            faults[name] = f"{type(error).__name__}: " + f"{error}".partition("\n")[0]
+    return faults
 
 
-def select_kernels(
-    choice: str, device: torch.device, dtype: torch.dtype
-) -> tuple[str, Kernels, str]:
-    """Decide once which twins a run uses: (name, kernels, reason).
+def choose_kernels(choice: str, rt: Runtime) -> tuple[dict[str, Callable], str]:
+    """The Triton kernels of a run by operation, and what to say of it; see `choose_backend`.
 
     On a CPU there are Triton kernels in Triton's interpreter alone, and only by KERNELS=1.
-    Raises: ConfigError if the choice cannot be honoured.
     """
     if choice == "0":
-        return "eager", EAGER, "as set"
-    on_gpu = choice == "1" or device.type == "cuda"
-    fault = kernel_fault(device, dtype) if on_gpu else "the device is no GPU"
-    if fault and choice == "1":
-        raise ConfigError(f"KERNELS=1: {fault}; unset it or set KERNELS=0")
-    if fault:
-        return "eager", EAGER, f"no triton: {fault}"
-    return "triton", triton_kernels(), "as set" if choice == "1" else "each agrees with its twin"
+        return {}, "eager (as set)"
+    tried = choice == "1" or rt.device.type == "cuda"
+    found = rt.gather_objects(kernel_faults(rt) if tried else {"triton": "the device is not a GPU"})
+    faults = {name: fault for each in found for name, fault in each.items() if fault}
+    said = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    if faults and choice == "1":
+        raise ConfigError(f"KERNELS=1: {said}; unset it or set KERNELS=0")
+    if "triton" in faults:
+        return {}, f"eager ({faults['triton']})"
+    kernels = {name: f for name, f in triton_kernels().items() if name not in faults}
+    return kernels, f"triton except {said}" if faults else "triton (all agree with their twins)"
+
+
+def choose_backend(cfg: Config, rt: Runtime, *, documents: bool = False) -> Backend:
+    """Decide once who computes each operation, the same on every rank, and say so in the log.
+
+    A kernel is taken only if its values and gradients agree with the eager twin on this device.
+    documents: attention must be able to keep documents apart.
+    Raises: ConfigError on all ranks if a choice cannot be honoured.
+    """
+    with rt.together():
+        name, attention, reason = choose_attention(cfg.attention, rt, documents=documents)
+        kernels, said = choose_kernels(cfg.kernels, rt)
+    why = f"attention:{name} ({reason}) kernels:{said}"
+    rt.log.line(why)
+    return Backend(attention, dtype=rt.compute_dtype, why=why)._replace(**kernels)
 
 
 # ---------------------------------------------------------------------------------------------
 # 5  Tensors
-# One table claims every tensor: optimizer group, quantizer and bits.
+# One table claims every tensor: who optimizes it, and how it is stored.
 # ---------------------------------------------------------------------------------------------
-
-
-class Rule(NamedTuple):
-    """Who optimizes and who stores the tensors whose whole name matches `pattern`.
-
-    quantizer: "gptq" or "nearest" for codes of `bits`, or the float type that is stored (bits 0).
-    clip_sigmas, percentiles, smallest: how a row's step is found, see `row_scales`.
-    """
-
-    pattern: str
-    optimizer: str
-    quantizer: str
-    bits: int = 0
-    clip_sigmas: float = 0.0
-    percentiles: tuple[float, ...] = ()
-    smallest: float = 0.0
 
 
 MATRIX_PERCENTILES, TABLE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0), (0.9999984,)
@@ -2067,70 +2062,90 @@ QAT_PERCENTILES = (0.9995,)
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a row of zeros needs some scale
 
 
-def smallest_step(bits: int, *, floored: bool) -> float:
-    """The least step of a row: what float16 can hold, or, in two public systems, 1 over the top."""
-    return 1 / (2 ** (bits - 1) - 1) if floored else SMALLEST_SCALE
+class AsCodes(NamedTuple):
+    """Store a matrix as integer codes of `bits`, within plus or minus `top`, and a scale per row.
 
-
-def row_scales(
-    weight: Tensor, bits: int, clip_sigmas: float, percentiles: Sequence[float], smallest: float
-) -> Tensor:
-    """The float16 step of each row: half its range over the largest code, at least `smallest`.
-
-    The range is `clip_sigmas` standard deviations (SDClip), or the best of some percentiles.
+    gptq: round by GPTQ, columns in "descending" or "ascending" order of their Hessian's diagonal;
+        "": each entry to the nearest code.
+    clip_sigmas: half a row's range, in standard deviations (SDClip, pull request #1394 of
+        openai/parameter-golf); or percentiles: of |w|, of which the one with least error ends it.
+    smallest: the least scale of a row.
     """
-    if percentiles:
-        scales = percentile_scales(weight, bits, percentiles, smallest)
-    else:
-        scales = clip_sigmas * weight.std(dim=1) / (2 ** (bits - 1) - 1)
-    return scales.clamp_min(smallest).half()
+
+    bits: int
+    gptq: str = ""
+    clip_sigmas: float = 0.0
+    percentiles: tuple[float, ...] = ()
+    smallest: float = SMALLEST_SCALE
+
+    @property
+    def top(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def scales(self, weight: Tensor, coarser: float = 1.0) -> Tensor:
+        """The scale of each row (rows,) float32: half its range over the largest code.
+
+        coarser: multiplies ranges in standard deviations.
+        """
+        if not self.percentiles:
+            return (self.clip_sigmas * coarser * weight.std(dim=1) / self.top).clamp_min(
+                self.smallest
+            )
+        sizes = weight.detach().float().abs()
+        at = torch.tensor(self.percentiles, device=weight.device)
+        scales = (torch.quantile(sizes, at, dim=1) / self.top).clamp_min(self.smallest)  # (P, rows)
+        if len(self.percentiles) == 1:
+            return scales[0]
+        rounded = [(sizes / s[:, None]).round().clamp_max(self.top) * s[:, None] for s in scales]
+        errors = torch.stack([(r - sizes).square().sum(1) for r in rounded])
+        return scales.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
-def percentile_scales(
-    weight: Tensor, bits: int, percentiles: Sequence[float], smallest: float
-) -> Tensor:
-    """Per row, of the steps that end the range at a percentile of |w|, the one with least error."""
-    sizes, top = weight.detach().float().abs(), 2 ** (bits - 1) - 1
-    at = torch.tensor(percentiles, device=weight.device)
-    steps = (torch.quantile(sizes, at, dim=1) / top).clamp_min(smallest)  # (P, rows)
-    if len(percentiles) == 1:
-        return steps[0]
-    rounded = [(sizes / s[:, None]).round().clamp_max(top) * s[:, None] for s in steps]
-    errors = torch.stack([(r - sizes).square().sum(1) for r in rounded])
-    return steps.gather(0, errors.argmin(0, keepdim=True))[0]
+class AsFloats(NamedTuple):
+    """Store a tensor as floats of a type of torch, by name."""
+
+    dtype: str
+    gptq = ""  # not a field: floats need no Hessian
 
 
-def tensor_rules(cfg: Config) -> tuple[Rule, ...]:
-    """The only place that decides how a tensor is optimized and stored."""
+class Row(NamedTuple):
+    """A row of the table: tensors whose whole name matches `pattern`, who optimizes them, and how
+    they are stored."""
+
+    pattern: str
+    group: str
+    store: AsCodes | AsFloats
+
+
+def tensor_table(cfg: Config) -> tuple[Row, ...]:
+    """The only place that decides how a tensor is optimized and stored; the first match wins."""
     searched = cfg.clip_rule == "percentile"
-    steps = [
-        smallest_step(bits, floored=searched or cfg.scale_floor)
-        for bits in (cfg.matrix_bits, cfg.embed_bits)
-    ]
-    percentiles = (MATRIX_PERCENTILES, TABLE_PERCENTILES) if searched else ((), ())
-    matrix = (cfg.matrix_bits, cfg.matrix_clip_sigmas, percentiles[0], steps[0])
-    table = (cfg.embed_bits, cfg.embed_clip_sigmas, percentiles[1], steps[1])
+    floored = searched or cfg.scale_floor  # in two public systems: 1 over the largest code
+
+    def codes(bits: int, gptq: str, sigmas: float, percentiles: tuple[float, ...]) -> AsCodes:
+        smallest = 1 / (2 ** (bits - 1) - 1) if floored else SMALLEST_SCALE
+        return AsCodes(bits, gptq, sigmas, percentiles if searched else (), smallest)
+
+    matrix = codes(cfg.matrix_bits, cfg.gptq_order, cfg.matrix_clip_sigmas, MATRIX_PERCENTILES)
+    sensitive = codes(cfg.embed_bits, cfg.gptq_order, cfg.embed_clip_sigmas, TABLE_PERCENTILES)
+    to_nearest = sensitive._replace(gptq="")
     words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
     weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
-    vectors = (
-        r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_(weights|gates)"
-        r"|lane_merge|smear_gate|bigram\.scale|value_embedding\.(scale|layer_scales)"
-    )
     return (
-        Rule(r"head\.weight", "embedding", cfg.embed_quantizer, *table),
-        Rule(r"(bigram|value_embedding)\.table", "embedding", "nearest", *table),
-        Rule(rf"(?!.*({words})){weights}", "matrix", "gptq", *matrix),
-        Rule(rf"(?=.*({words})){weights}", "matrix", "gptq", *table),
-        Rule(r"(bigram|value_embedding)\.proj\.weight", "matrix", "float16"),
-        Rule(vectors, "scalar", "float16"),
+        Row(
+            r"head\.weight", "embedding", sensitive if cfg.embed_quantizer == "gptq" else to_nearest
+        ),
+        Row(r"(bigram|value_embedding)\.table", "embedding", to_nearest),
+        Row(rf"(?=.*({words})){weights}", "matrix", sensitive),
+        Row(weights, "matrix", matrix),
+        Row(r"(bigram|value_embedding)\.proj\.weight", "matrix", AsFloats("float16")),
+        Row(r".*", "scalar", AsFloats("float16")),
     )
 
 
-def rule_of(name: str, rules: Sequence[Rule]) -> Rule:
-    """The one rule that claims a tensor; it is our mistake if none or two do."""
-    claims = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
-    assert len(claims) == 1, f"tensor {name} is claimed by {len(claims)} rules, expected one"
-    return claims[0]
+def find_row(name: str, table: Sequence[Row]) -> Row:
+    """The first row of the table that claims a tensor."""
+    return next(row for row in table if re.fullmatch(row.pattern, name))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2156,13 +2171,13 @@ class Visit(NamedTuple):
 class DepthPlan(NamedTuple):
     """The visits of one forward, in order. Immutable: one compiled graph for each plan.
 
-    fake_bits: round the blocks' matrices to codes of so many bits in the forward alone; 0: not.
-    packed: no position sees another document than its own; rotary positions count on.
+    rounded: the blocks' matrices are rounded to codes in the forward alone.
+    masked: no position sees another document than its own; rotary positions count on.
     """
 
     visits: tuple[Visit, ...]
-    fake_bits: int = 0
-    packed: bool = False
+    rounded: bool = False
+    masked: bool = False
 
     @property
     def encoder(self) -> list[int]:
@@ -2175,6 +2190,9 @@ class DepthPlan(NamedTuple):
     @property
     def skips(self) -> int:
         return sum(v.pop >= 0 for v in self.visits)
+
+    def __str__(self) -> str:
+        return f"encoder:{self.encoder} decoder:{self.decoder}"
 
 
 def depth_plan(cfg: Config, *, looped: bool) -> DepthPlan:
@@ -2211,12 +2229,14 @@ def rotary_table(length: int, cfg: Config, device: torch.device) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 
-def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    """A matrix rounded as the percentile rule stores it; its gradient passes straight through."""
+def fake_quantize(weight: Tensor, codes: AsCodes) -> Tensor:
+    """A matrix rounded to its nearest codes; its gradient passes straight through.
+
+    Source: Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator.
+    """
     with torch.no_grad():
-        smallest = smallest_step(bits, floored=True)
-        scales = percentile_scales(weight, bits, QAT_PERCENTILES, smallest)[:, None]
-        rounded = (weight / scales).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) * scales
+        scales = codes.scales(weight)[:, None]
+        rounded = (weight / scales).round().clamp(-codes.top, codes.top) * scales
     return weight + (rounded - weight).detach()
 
 
@@ -2226,18 +2246,34 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, fake_bits: int = 0, product: Callable = F.linear) -> Tensor:
-        weight = fake_quantize(self.weight, fake_bits) if fake_bits else self.weight
+    def forward(
+        self, x: Tensor, rounding: AsCodes | None = None, product: Callable = F.linear
+    ) -> Tensor:
+        weight = self.weight if rounding is None else fake_quantize(self.weight, rounding)
         return product(x, weight.to(x.dtype))
+
+
+class Pass(NamedTuple):
+    """What one forward hands to every block.
+
+    x0: the embedding stream (B, T, D); rotary: cosines and sines; documents: of the rows, if they
+    are masked; values: what a layer adds to its values (B, T, K D), by layer; rounding: the codes
+    that matrices are rounded to, if any.
+    """
+
+    x0: Tensor
+    rotary: tuple[Tensor, Tensor]
+    documents: Documents | None
+    values: Mapping[int, Tensor]
+    rounding: AsCodes | None
 
 
 class Attention(nn.Module):
     """Causal attention with grouped heads, normalised queries and keys, q-gain and optional XSA."""
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
+    def __init__(self, cfg: Config, layer: int, backend: Backend):
         super().__init__()
-        self.head_dim, self.kernel = cfg.model_dim // cfg.num_heads, kernel
-        self.kernels = kernels
+        self.head_dim, self.backend, self.layer = cfg.model_dim // cfg.num_heads, backend, layer
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         self.q = Linear(cfg.model_dim, cfg.model_dim)
         self.k = Linear(cfg.model_dim, self.head_dim * cfg.num_kv_heads)
@@ -2245,36 +2281,32 @@ class Attention(nn.Module):
         self.out = Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        value: Tensor | None = None,
-        fake_bits: int = 0,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        q, k, v = (m(x, fake_bits) for m in (self.q, self.k, self.v))
-        if value is not None:
-            v = v + value
+    def forward(self, x: Tensor, here: Pass) -> Tensor:
+        q, k, v = (m(x, here.rounding) for m in (self.q, self.k, self.v))
+        if self.layer in here.values:
+            v = v + here.values[self.layer]
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
-        q, k = self.kernels.norm_rotate(q, k, self.q_gain, rotary)  # (B, T, H or K, D)
-        y = self.kernel(q, k, v, documents)
+        q, k = self.backend.norm_rotate(q, k, self.q_gain, here.rotary)  # (B, T, H or K, D)
+        y = self.backend.attention(q, k, v, here.documents)
         if self.exclusive:
-            y = self.kernels.exclude_self(y, v)
-        return self.out(y.flatten(-2), fake_bits)
+            y = self.backend.exclude_self(y, v)
+        return self.out(y.flatten(-2), here.rounding)
 
 
 class MLP(nn.Module):
     """Up, LeakyReLU squared, down."""
 
-    def __init__(self, cfg: Config, kernels: Kernels):
+    def __init__(self, cfg: Config, backend: Backend):
         super().__init__()
         self.up = Linear(cfg.model_dim, cfg.mlp_hidden)
         self.down = Linear(cfg.mlp_hidden, cfg.model_dim)
-        self.product = functools.partial(kernels.mlp_up, slope=cfg.leaky_relu_slope)
+        self.product = functools.partial(backend.mlp_up, slope=cfg.leaky_relu_slope)
 
-    def forward(self, x: Tensor, fake_bits: int = 0) -> Tensor:
-        return self.down(self.up(x, fake_bits, self.product), fake_bits)
+    def forward(self, x: Tensor, here: Pass) -> Tensor:
+        return self.down(self.up(x, here.rounding, self.product), here.rounding)
+
+
+Streams = Tensor | tuple[Tensor, Tensor]  # one residual stream, or two lanes
 
 
 class Block(nn.Module):
@@ -2284,35 +2316,26 @@ class Block(nn.Module):
     1/sqrt(layer + 1) takes the physical layer, also on repeated visits.
     """
 
-    def __init__(self, cfg: Config, layer: int, kernel: Callable, kernels: Kernels):
+    def __init__(self, cfg: Config, layer: int, backend: Backend):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, kernel, kernels), MLP(cfg, kernels)
-        self.mix_norm = kernels.mix_norm
+        self.attn, self.mlp = Attention(cfg, layer, backend), MLP(cfg, backend)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.resid_mix = nn.Parameter(
-            torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
-        )
+        mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
+        self.resid_mix = nn.Parameter(mix)
         self.norm_scale = 1 / math.sqrt(layer + 1)
 
-    def forward(
-        self,
-        x: Tensor,
-        lane: Tensor,
-        x0: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        form: str,
-        value: Tensor | None = None,
-        fake_bits: int = 0,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The running stream and the second lane, which only the form "lanes" reads and moves."""
-        attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale))
-        x, normed = self.mix_norm(x, x0, self.resid_mix, self.norm_scale)
-        mid = x + attn_scale * self.attn(normed, rotary, value, fake_bits, documents)
-        source = {"sequential": mid, "gptj": x, "lanes": lane}[form]
-        update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, fake_bits)
-        return (mid, lane + update) if form == "lanes" else (mid + update, lane)
+    def forward(self, streams: Streams, visit: Visit, here: Pass) -> Streams:
+        """Streams (B, T, D) after this visit; the form "lanes" reads and moves two of them."""
+        x, lane = streams if visit.form == "lanes" else (streams, None)
+        attn_scale, mlp_scale, mix = (
+            p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
+        )
+        x = mix[0] * x + mix[1] * here.x0
+        mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, here)
+        source = {"sequential": mid, "gptj": x, "lanes": lane}[visit.form]
+        update = mlp_scale * self.mlp(rms_norm(source) * self.norm_scale, here)
+        return (mid, lane + update) if visit.form == "lanes" else mid + update
 
 
 class BigramHash(nn.Module):
@@ -2324,11 +2347,11 @@ class BigramHash(nn.Module):
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype, *, packed: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, dtype: torch.dtype, *, masked: bool = False) -> Tensor:
         last, now = len(self.table) - 1, tokens.int()
         rows = torch.bitwise_xor(36313 * now[:, 1:], 27191 * now[:, :-1]) % last
         rows = F.pad(rows, (1, 0), value=last)  # the first token has no neighbour
-        if packed:
+        if masked:
             rows = rows.masked_fill(tokens == BOS, last)
         return self.scale.to(dtype) * self.proj(F.embedding(rows, self.table).to(dtype))
 
@@ -2353,21 +2376,16 @@ class ValueEmbedding(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `head` is tied: its rows are also the token embedding."""
+    """The model. `head` is tied: its rows are also the token embedding.
 
-    def __init__(
-        self,
-        cfg: Config,
-        kernel: Callable = plain_attention,
-        compute_dtype: torch.dtype = torch.float32,
-        kernels: Kernels = EAGER,
-    ):
+    Attributes: rows, the table's row of each tensor, by name.
+    """
+
+    def __init__(self, cfg: Config, backend: Backend = EAGER):
         super().__init__()
-        self.cfg, self.compute_dtype, self.kernels = cfg, compute_dtype, kernels
+        self.cfg, self.backend = cfg, backend
         self.head = Linear(cfg.model_dim, cfg.vocab_size)
-        self.blocks = nn.ModuleList(
-            Block(cfg, layer, kernel, kernels) for layer in range(cfg.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(cfg, layer, backend) for layer in range(cfg.num_layers))
         skips = max(depth_plan(cfg, looped=looped).skips for looped in (False, True))
         self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
         # What an option does not need does not exist.
@@ -2379,13 +2397,17 @@ class GPT(nn.Module):
             self.smear_gate = nn.Parameter(torch.zeros(cfg.model_dim))
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.value_embedding = ValueEmbedding(cfg) if cfg.ve_dim else None
+        table = tensor_table(cfg)
+        self.rows = {name: find_row(name, table) for name, _ in self.named_parameters()}
+        smallest = 1 / (2 ** (cfg.matrix_bits - 1) - 1)
+        self.rounding = AsCodes(cfg.matrix_bits, percentiles=QAT_PERCENTILES, smallest=smallest)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw the matrices: normal embedding, zero output projections, the rest orthogonal."""
-        draw = torch.Generator().manual_seed(seed)
-        gain = (2 * self.cfg.num_layers) ** -0.5 if self.cfg.scaled_projections else 1.0
-        nn.init.normal_(self.head.weight, std=self.cfg.tied_embed_init_std, generator=draw)
+        draw, cfg = torch.Generator().manual_seed(seed), self.cfg
+        gain = (2 * cfg.num_layers) ** -0.5 if cfg.scaled_projections else 1.0
+        nn.init.normal_(self.head.weight, std=cfg.tied_embed_init_std, generator=draw)
         for block in self.blocks:
             for module in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
                 nn.init.orthogonal_(module.weight, generator=draw)
@@ -2397,22 +2419,22 @@ class GPT(nn.Module):
             nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
             nn.init.orthogonal_(self.value_embedding.proj.weight, gain, generator=draw)
 
-    def embed(self, tokens: Tensor, *, packed: bool = False) -> Tensor:
-        """The input stream (B, T, D); packed: a document's first token has none before it."""
-        x = F.embedding(tokens, self.head.weight).to(self.compute_dtype)
+    def embed(self, tokens: Tensor, *, masked: bool = False) -> Tensor:
+        """The input stream (B, T, D); masked: a document's first token has none before it."""
+        x = F.embedding(tokens, self.head.weight).to(self.backend.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(tokens, x.dtype, packed=packed)
+            x = x + self.bigram(tokens, x.dtype, masked=masked)
         x = rms_norm(x)
         if self.cfg.smear_gate_enabled:
             gate = self.smear_gate.sigmoid().to(x.dtype)
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
-            if packed:
+            if masked:
                 before = before.masked_fill((tokens == BOS)[..., None], 0)
             x = (1 - gate) * x + gate * before
         return x
 
     def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        """The running stream with a skip in it, gated or added."""
+        """A stream with a skip in it, gated or added."""
         skip = self.skip_weights[row].to(x.dtype) * skip
         if not self.cfg.skip_gates_enabled:
             return x + skip
@@ -2437,21 +2459,26 @@ class GPT(nn.Module):
             tail: score only the last so many positions of each row; None: all.
         Returns: float32; logits (B, tail, V), loss () or losses (B, tail).
         """
-        rotary = rotary_table(tokens.shape[1], self.cfg, tokens.device)
-        documents = find_documents(tokens) if plan.packed else None
-        x = x0 = lane = self.embed(tokens, packed=plan.packed)
-        values = self.value_embedding(tokens, x.dtype) if self.value_embedding is not None else {}
-        skips, lanes = [], False
+        x, extra = self.embed(tokens, masked=plan.masked), self.value_embedding
+        here = Pass(
+            x0=x,
+            rotary=rotary_table(tokens.shape[1], self.cfg, tokens.device),
+            documents=find_documents(tokens) if plan.masked else None,
+            values={} if extra is None else extra(tokens, x.dtype),
+            rounding=self.rounding if plan.rounded else None,
+        )
+        lane, skips = None, []
         for visit in plan.visits:
             if visit.pop >= 0:
                 x = self.mix_skip(x, skips.pop(), visit.pop)
-            if visit.form == "lanes" and not lanes:
-                lane, lanes = x, True
-            block, value = self.blocks[visit.layer], values.get(visit.layer)
-            x, lane = block(x, lane, x0, rotary, visit.form, value, plan.fake_bits, documents)
+            block = self.blocks[visit.layer]
+            if visit.form == "lanes":
+                x, lane = block((x, x if lane is None else lane), visit, here)
+            else:
+                x = block(x, visit, here)
             if visit.push:
                 skips.append(x)
-        if lanes:
+        if lane is not None:
             x = self.lane_merge.to(x.dtype) * x + (1 - self.lane_merge).to(x.dtype) * lane
         if tail is not None:
             x, targets = x[:, -tail:], None if targets is None else targets[:, -tail:]
@@ -2459,35 +2486,29 @@ class GPT(nn.Module):
         if targets is None:
             return softcap(logits, cap)
         rows = logits.flatten(0, 1), targets.flatten()
-        losses = self.kernels.cross_entropy(*rows, cap, reduction)
+        losses = self.backend.cross_entropy(*rows, cap, reduction)
         return losses if reduction == "mean" else losses.view_as(targets)
 
     def flops_per_token(self, plan: DepthPlan, length: int) -> float:
         """Operations of a forward and backward per token: 6 per weight, causal attention."""
-        cfg = self.cfg
-        weights = (
-            sum(
-                m.weight.numel()
-                for v in plan.visits
-                for m in self.blocks[v.layer].modules()
-                if isinstance(m, Linear)
-            )
-            + self.head.weight.numel()
-        )
-        return 6.0 * weights + 6.0 * length * cfg.model_dim * len(plan.visits)
+        blocks = [[m for m in b.modules() if isinstance(m, Linear)] for b in self.blocks]
+        visited = [m for v in plan.visits for m in blocks[v.layer]]
+        weights = sum(m.weight.numel() for m in (*visited, self.head))
+        return 6.0 * weights + 6.0 * length * self.cfg.model_dim * len(plan.visits)
 
 
 # ---------------------------------------------------------------------------------------------
 # 7  Optimizer
-# Muon for matrices, AdamW for the rest. The same classes serve one rank and many.
+# Muon for matrices, AdamW for the rest; one way to add up gradients, to sum and to clip them. The
+# same classes serve one rank and many.
 # ---------------------------------------------------------------------------------------------
 
 
-def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[nn.Parameter]]:
+def parameter_groups(model: GPT) -> dict[str, list[nn.Parameter]]:
     """The parameters of each optimizer group, in the model's order."""
     groups = {"matrix": [], "embedding": [], "scalar": []}
     for name, parameter in model.named_parameters():
-        groups[rule_of(name, tensor_rules(cfg)).optimizer].append(parameter)
+        groups[model.rows[name].group].append(parameter)
     return groups
 
 
@@ -2512,34 +2533,25 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, with decoupled weight decay.
 
     Matrices of one shape travel and are orthogonalised as one batch. Each rank receives the sum of
-    its part of the gradients, keeps the momentum of that part only, and sends its updates to the
-    others. Source: Jordan et al. 2024; row normalisation: MuonEq-R (system #1493).
+    its share of the gradients, keeps the momentum of that share only, and sends its updates to the
+    others. Source: Jordan et al. 2024, Muon; MUON_ROW_NORMALIZE is MuonEq-R (pull request #1217 of
+    openai/parameter-golf).
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        rt: Runtime,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        backend_steps: int,
-        row_normalize: bool,
-    ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.rt, self.backend_steps, self.row_normalize = rt, backend_steps, row_normalize
-        self.orthogonalize = rt.compile(newton_schulz)
+    def __init__(self, params: Iterable[nn.Parameter], rt: Runtime, cfg: Config):
+        options = dict(lr=cfg.matrix_lr, momentum=cfg.muon_momentum, weight_decay=cfg.muon_wd)
+        super().__init__(params, options)
+        self.rt, self.cfg, self.orthogonalize = rt, cfg, rt.compile(newton_schulz)
         by_shape = collections.defaultdict(list)
         for parameter in self.param_groups[0]["params"]:
             by_shape[parameter.shape].append(parameter)
-        # The largest first: only the message of the last batch has nothing to hide behind.
+        # The largest first: only the message of the last batch is not overlapped.
         self.batches = sorted(by_shape.values(), key=lambda p: -len(p) * p[0].numel())
 
     def reduce(self) -> Callable[[], None]:
         """Start adding the gradients over the ranks; the function that comes back waits.
 
-        Then a parameter of this rank's part has the sum, and any other has no gradient.
+        Then a parameter of this rank's share has the sum, and any other has no gradient.
         """
         arrive = self.rt.start_sum_parts([[p.grad for p in params] for params in self.batches])
 
@@ -2547,14 +2559,15 @@ class Muon(torch.optim.Optimizer):
             for params, sums in zip(self.batches, arrive(), strict=True):
                 for parameter in params:
                     parameter.grad = None
-                for parameter, total in zip(params[self.rt.part(len(params))], sums, strict=True):
+                mine = params[self.rt.share(len(params))]
+                for parameter, total in zip(mine, sums, strict=True):
                     parameter.grad = total
 
         return finish
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change the parameters in place, by the gradients of this rank's part and the others'.
+        """Change the parameters in place, by the gradients of this rank's share and the others'.
 
         The updates of one shape travel while those of the next are computed; in the type of the
         activations, as Newton-Schulz made them: sending float32 would double the bytes for nothing.
@@ -2572,10 +2585,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"] * scale)
 
     def orthogonal_update(self, params: list[nn.Parameter], momentum: float) -> Tensor:
-        """(part, rows, cols): the updates of this rank's part, padded to one size by zeros."""
-        part = self.rt.part(len(params))
-        mine = params[part]
-        grads = torch.zeros((part.stop - part.start, *params[0].shape), device=params[0].device)
+        """(share, rows, cols): the updates of this rank's share, padded to the largest by zeros."""
+        mine, largest = params[self.rt.share(len(params))], self.rt.share(len(params), rank=0).stop
+        grads = torch.zeros((largest, *params[0].shape), device=params[0].device)
         if mine:
             torch.stack([p.grad for p in mine], out=grads[: len(mine)])
         state = self.state[params[0]]
@@ -2583,37 +2595,27 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(grads)
         average = state["momentum"].mul_(momentum).add_(grads)
         update = grads.add_(average, alpha=momentum)  # Nesterov
-        if self.row_normalize:
+        if self.cfg.muon_row_normalize:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        return self.orthogonalize(update, self.backend_steps, self.rt.compute_dtype)
+        return self.orthogonalize(update, self.cfg.muon_backend_steps, self.rt.compute_dtype)
 
 
-def make_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
     """Fresh optimizers by group name. Their learning rates are set at every step."""
-    groups = parameter_groups(model, cfg)
-    adam = functools.partial(
-        torch.optim.AdamW, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True
-    )
+    groups, options = parameter_groups(model), dict(eps=cfg.adam_eps, fused=True)
+    adam = functools.partial(torch.optim.AdamW, betas=(cfg.beta1, cfg.beta2), **options)
     return {
-        "matrix": Muon(
-            groups["matrix"],
-            rt,
-            lr=cfg.matrix_lr,
-            momentum=cfg.muon_momentum,
-            weight_decay=cfg.muon_wd,
-            backend_steps=cfg.muon_backend_steps,
-            row_normalize=cfg.muon_row_normalize,
-        ),
+        "matrix": Muon(groups["matrix"], rt, cfg),
         "embedding": adam(groups["embedding"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
         "scalar": adam(groups["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
     }
 
 
 def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
-    """Learning-rate multiplier at a part of training: 1, then a line to 0, never below MIN_LR.
+    """Learning-rate multiplier at a fraction of training: 1, then a line to 0, never below MIN_LR.
 
     The line takes the last WARMDOWN_FRAC, or the last WARMDOWN_ITERS steps at the speed so far:
-    `step` steps, at least one, in a part `frac` leave step (1 - frac) / frac.
+    `step` steps, at least one, in a fraction `frac` leave step (1 - frac) / frac.
     """
     if cfg.warmdown_iters:
         scale = max(step, 1) * (1 - frac) / frac / cfg.warmdown_iters if frac else 1.0
@@ -2624,10 +2626,8 @@ def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
 
 def muon_momentum(step: int, cfg: Config) -> float:
     """Muon's momentum: a line over the first steps, then constant."""
-    part = (
-        min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
-    )
-    return (1 - part) * cfg.muon_momentum_warmup_start + part * cfg.muon_momentum
+    done = min(step / max(cfg.muon_momentum_warmup_steps, 1e-9), 1.0)
+    return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
 def set_schedule(
@@ -2635,15 +2635,29 @@ def set_schedule(
 ) -> dict[str, float]:
     """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
     scale = lr_scale(frac, cfg, step)
-    rates = {
-        "matrix": cfg.matrix_lr * scale,
-        "embedding": cfg.tied_embed_lr * scale,
-        "scalar": cfg.scalar_lr * scale,
-    }
+    rates = dict(matrix=cfg.matrix_lr, embedding=cfg.tied_embed_lr, scalar=cfg.scalar_lr)
+    rates = {name: rate * scale for name, rate in rates.items()}
     for name, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = rates[name]
     optimizers["matrix"].param_groups[0]["momentum"] = muon_momentum(step, cfg)
     return rates
+
+
+def add_gradients(forward: Callable, windows: Tensor, micro_rows: int, rows: int) -> Tensor:
+    """Add to the gradients those of the mean loss over `rows` windows of all ranks.
+
+    Args:
+        forward: the model, its depth plan bound.
+        windows: this rank's, (n, T + 1); micro_rows of them per forward.
+    Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
+    """
+    total = torch.zeros((), device=windows.device)
+    for micro in windows.split(micro_rows):
+        if len(micro):  # a rank may have none
+            loss = forward(*inputs_and_targets(micro)) * (len(micro) / rows)
+            loss.backward()
+            total += loss.detach()
+    return total
 
 
 def apply_gradients(
@@ -2652,7 +2666,7 @@ def apply_gradients(
     """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
 
     A compiled backward hands out all gradients at its end: nothing could leave earlier. Muon takes
-    parts of the sums: 255 MB sent by each of 8 ranks (records/profile.md).
+    shares of the sums: 255 MB sent by each of 8 ranks, not 402 (records/profile.md).
     """
     optimizers, params = list(optimizers), [p for p in model.parameters() if p.requires_grad]
     for parameter in params:
@@ -2688,12 +2702,69 @@ def global_norm(params: Sequence[nn.Parameter], apart: Set[nn.Parameter], rt: Ru
 # ---------------------------------------------------------------------------------------------
 # 8  Training
 # Steps until the wall clock or ITERATIONS ends them. The clock is read once per step and agreed on
-# by all ranks, so learning rates, the start of recurrence and the end are the same everywhere.
+# by all ranks, so learning rates, the stage of a step and the end are the same everywhere.
 # ---------------------------------------------------------------------------------------------
 
 
+class Change(NamedTuple):
+    """A change of training that begins once and stays.
+
+    It is due at a fraction of training or at a step, or once the learning-rate multiplier is below.
+    """
+
+    name: str
+    unit: str  # "frac", "step" or "scale"
+    at: float
+
+    def due(self, now: Mapping[str, float]) -> bool:
+        return now["scale"] < self.at if self.unit == "scale" else now[self.unit] >= self.at
+
+
+class Stage(NamedTuple):
+    """How a step runs once these changes have begun: its depth plan and its sequences [tokens]."""
+
+    begun: tuple[Change, ...]
+    plan: DepthPlan
+    seq_len: int
+
+
+def stages(cfg: Config) -> tuple[Stage, ...]:
+    """The table of training: every way in which a step may run, the first one first.
+
+    Which of two changes begins earlier may depend on the machine's speed, so there is a row for
+    each set of them.
+    """
+    at_step = cfg.enable_looping_at_step
+    loop = Change("layer_loop", "frac", cfg.enable_looping_at)
+    loop = loop._replace(unit="step", at=at_step) if at_step else loop
+    rounding = Change("late_qat", "scale", cfg.late_qat_threshold)
+    changes = [loop] * bool(cfg.num_loops) + [rounding] * bool(cfg.late_qat_threshold)
+    counts = range(len(changes) + 1)
+    sets = [begun for count in counts for begun in itertools.combinations(changes, count)]
+    plans = [
+        depth_plan(cfg, looped=loop in begun)._replace(
+            rounded=rounding in begun, masked=cfg.doc_masking
+        )
+        for begun in sets
+    ]
+    rows = zip(sets, plans, strict=True)
+    return tuple(Stage(begun, plan, cfg.train_seq_len) for begun, plan in rows)
+
+
+def stage_at(table: Sequence[Stage], since: Stage, now: Mapping[str, float]) -> Stage:
+    """The row of a step: the last whose changes are due, or have begun in the row before.
+
+    now: frac, step and scale.
+    """
+    rows = reversed(table)
+    return next(r for r in rows if all(c in since.begun or c.due(now) for c in r.begun))
+
+
 class Ema:
-    """Exponential moving average of every parameter, in float32, updated in place."""
+    """Exponential moving average (EMA) of every parameter, in float32, updated in place.
+
+    Source: Polyak and Juditsky 1992, averaging of iterates.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.params, self.decay = list(model.parameters()), decay
@@ -2760,60 +2831,43 @@ class Trained(NamedTuple):
 
 
 def training_frac(step: int, seconds: float, cfg: Config) -> float:
-    """Part of training done: of the steps or of the time, whichever will end it."""
+    """Fraction of training done: of the steps or of the time, whichever will end it."""
     return max(step / cfg.iterations, seconds / cfg.train_seconds)
 
 
 def train_step(
-    forward: Callable,
-    windows: Tensor,
-    plan: DepthPlan,
-    model: nn.Module,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    cfg: Config,
-    rt: Runtime,
+    model: GPT, windows: Tensor, optimizers: Mapping, cfg: Config, rt: Runtime, *, plan: DepthPlan
 ) -> Tensor:
     """One optimizer step on this rank's windows (rows, T + 1).
 
     Returns: this rank's part of the mean loss, a scalar tensor; all ranks' parts add up to it.
     Changes the model and the optimizers in place.
     """
-    plan = plan._replace(packed=cfg.doc_packing)  # here alone: scoring reads on
-    count = cfg.micro_batches(rt.world_size) * rt.world_size
-    total = torch.zeros((), device=windows.device)
-    for micro in windows.chunk(count // rt.world_size):
-        loss = forward(*inputs_and_targets(micro), plan=plan) / count
-        loss.backward()
-        total += loss.detach()
+    forward, rows = functools.partial(model, plan=plan), len(windows) * rt.world_size
+    loss = add_gradients(forward, windows, cfg.micro_rows(rt.world_size), rows)
     apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
-    return total
+    return loss
 
 
-def warm_up(
-    forward: Callable, model: nn.Module, loader: Loader, cfg: Config, rt: Runtime, log: Log
-) -> None:
-    """Run real steps of all depth plans, so that all is compiled before the clock, then undo them.
+def warm_up(model: GPT, loader: Loader, cfg: Config, rt: Runtime) -> None:
+    """Run real steps of every stage, so that all is compiled before the clock, then undo them.
 
-    Nothing outlives it: the weights are put back, the optimizers are its own, the loader has no
+    It leaves no trace: the weights are put back, the optimizers are its own, the loader has no
     state, and the random state is restored.
     """
     weights = copy.deepcopy(model.state_dict())
-    rows = cfg.train_batch_tokens // cfg.train_seq_len
-    plans = dict.fromkeys(depth_plan(cfg, looped=looped) for looped in (False, True))
-    if cfg.late_qat_threshold:
-        plans |= dict.fromkeys(plan._replace(fake_bits=cfg.matrix_bits) for plan in plans)
     with torch.random.fork_rng():
-        for plan in plans:
+        for stage in stages(cfg):
             optimizers = make_optimizers(model, cfg, rt)
-            name = "loop_warmup_step" if plan.visits[cfg.num_layers :] else "warmup_step"
-            show = log.progress(name)
-            with contextlib.closing(loader.batches(rt, rows)) as batches:
+            name = "_".join([*(change.name for change in stage.begun), "warmup_step"])
+            show = rt.log.progress(name)
+            with contextlib.closing(loader.batches(rt, cfg.train_rows)) as batches:
                 for step in range(cfg.warmup_steps):
                     set_schedule(optimizers, step, 0.0, cfg)
-                    train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
+                    train_step(model, next(batches), optimizers, cfg, rt, plan=stage.plan)
                     show((step + 1) / cfg.warmup_steps)
             model.load_state_dict(weights)
-            log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
+            rt.log.line(f"{name}: {cfg.warmup_steps}/{cfg.warmup_steps}")
 
 
 class StepLog:
@@ -2823,12 +2877,12 @@ class StepLog:
     waited, seconds from the start of Runtime to the first step.
     """
 
-    def __init__(self, model: GPT, cfg: Config, rt: Runtime, log: Log):
-        self.model, self.cfg, self.rt, self.log = model, cfg, rt, log
-        self.show, self.curve = log.progress("train"), []
+    def __init__(self, model: GPT, cfg: Config, rt: Runtime):
+        self.model, self.cfg, self.rt = model, cfg, rt
+        self.show, self.curve = rt.log.progress("train"), []
         self.durations, self.begun = collections.defaultdict(list), None
         self.compiled, self.waited = rt.compilations(), time.perf_counter() - rt.created
-        log.line(f"time_to_first_step: {self.waited:.1f}s")
+        rt.log.line(f"time_to_first_step: {self.waited:.1f}s")
 
     @contextlib.contextmanager
     def off_the_clock(self):
@@ -2859,7 +2913,7 @@ class StepLog:
             line += f" tok/s: {(step - 1) * cfg.train_batch_tokens / max(seconds, 1e-9):.0f}"
         if recent := self.durations[plan][-cfg.train_log_every :]:
             line += " " + self.utilisation(plan, max(float(np.median(recent)), 1e-9))
-        self.log.line(line)
+        self.rt.log.line(line)
 
     def utilisation(self, plan: DepthPlan, step_seconds: float) -> str:
         """Model-FLOP utilisation of a device, or its speed where its peak is not known."""
@@ -2871,15 +2925,16 @@ class StepLog:
     def close(self) -> None:
         """Say what was compiled too late and how long the steps took; keep the facts."""
         compiled = self.rt.compilations() - self.compiled
-        self.log.line(f"compilations after the clock started: {compiled}")
+        self.rt.log.line(f"compilations after the clock started: {compiled}")
         medians = {
-            f"{len(plan.visits)}_visits{'_rounded' * bool(plan.fake_bits)}": round(
+            f"{len(plan.visits)}_visits{'_rounded' * plan.rounded}": round(
                 1e3 * float(np.median(times)), 3
             )
             for plan, times in self.durations.items()
         }
-        self.log.line("step_ms " + " ".join(f"{key}:{value}" for key, value in medians.items()))
-        self.log.put(
+        pairs = (f"{key}:{value}" for key, value in medians.items())
+        self.rt.log.line(" ".join(["step_ms", *pairs]))
+        self.rt.log.put(
             curve=self.curve,
             step_ms=medians,
             compilations_after_start=compiled,
@@ -2887,61 +2942,35 @@ class StepLog:
         )
 
 
-def due_plan(
-    plan: DepthPlan, looped: DepthPlan, step: int, frac: float, cfg: Config, log: Log
-) -> DepthPlan:
-    """The plan of a step: recurrence and rounded training begin when they are due, and stay."""
-    at_step, scale = cfg.enable_looping_at_step, lr_scale(frac, cfg, step)
-    due = step >= at_step if at_step else frac >= cfg.enable_looping_at
-    if due and plan.visits != looped.visits:
-        plan = plan._replace(visits=looped.visits)
-        log.line(
-            f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{plan.encoder} "
-            f"decoder:{plan.decoder}"
-        )
-    if scale < cfg.late_qat_threshold and not plan.fake_bits:
-        plan = plan._replace(fake_bits=cfg.matrix_bits)
-        log.line(f"late_qat:enabled step:{step} scale:{scale:.4f}")
-    return plan
-
-
-def train(
-    forward: Callable,
-    model: GPT,
-    loader: Loader,
-    validate: Callable[[DepthPlan, str], None],
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> Trained:
+def train(model: GPT, loader: Loader, validate: Callable, cfg: Config, rt: Runtime) -> Trained:
     """Train the model in place and leave the average of its weights in it.
 
     Args:
-        forward: the model, perhaps compiled.
         validate: called every VAL_LOSS_EVERY steps with the plan of the step that follows and a
             line prefix; it opens a phase of its own, so the clock of training stands still.
     Raises: DivergenceError on all ranks once the loss of any is not finite.
     """
-    plain, looped = (depth_plan(cfg, looped=on) for on in (False, True))
-    plan, step, watch, rates = plain, 0, LossWatch(), {}
-    optimizers, ema = make_optimizers(model, cfg, rt), Ema(model, cfg.ema_decay)
-    report = StepLog(model, cfg, rt, log)
-    batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
+    table, step, watch, rates = stages(cfg), 0, LossWatch(), {}
+    stage, optimizers, ema = table[0], make_optimizers(model, cfg, rt), Ema(model, cfg.ema_decay)
+    report, batches = StepLog(model, cfg, rt), loader.batches(rt, cfg.train_rows)
     with contextlib.closing(batches), rt.budget.phase("train"):
         while True:
-            seconds, bad = rt.agree_max(rt.budget.total(["train"]), watch.bad)
+            seconds, bad = rt.agree_max(rt.budget.total("train"), watch.bad)
             watch.check(bad, step - 1, rates)
             frac = training_frac(step, seconds, cfg)
             if frac >= 1:
-                report.begin(seconds, plan)
+                report.begin(seconds, stage.plan)
                 break
-            plan = due_plan(plan, looped, step, frac, cfg, log)
+            now = dict(step=step, frac=frac, scale=lr_scale(frac, cfg, step))
+            stage, since = stage_at(table, stage, now), stage
+            for change in (c for c in stage.begun if c not in since.begun):
+                rt.log.line(f"{change.name}:enabled step:{step} frac:{frac:.3f} {stage.plan}")
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 with report.off_the_clock():
-                    validate(plan, f"{step}/{cfg.iterations}")
-            report.begin(seconds, plan)
+                    validate(stage.plan, f"{step}/{cfg.iterations}")
+            report.begin(seconds, stage.plan)
             rates = set_schedule(optimizers, step, frac, cfg)
-            loss = train_step(forward, next(batches), plan, model, optimizers, cfg, rt)
+            loss = train_step(model, next(batches), optimizers, cfg, rt, plan=stage.plan)
             ema.update()
             step += 1
             watch.push(loss)
@@ -2951,17 +2980,15 @@ def train(
         ema.store()
     report.close()
     if step < cfg.iterations:
-        log.line(
-            f"stopping_early: wallclock_cap train_time: {seconds * 1e3:.0f}ms "
-            f"step: {step}/{cfg.iterations}"
-        )
-    return Trained(step, plan.visits != plain.visits)
+        done = f"train_time: {seconds * 1e3:.0f}ms step: {step}/{cfg.iterations}"
+        rt.log.line(f"stopping_early: wallclock_cap {done}")
+    return Trained(step, any(change.name == "layer_loop" for change in stage.begun))
 
 
 def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
     """Keep the first blocks, and perhaps the embeddings, as they are in what follows.
 
-    Of the value embedding its scales for each layer still train, as in system #578.
+    Of the value embedding the scales of each layer still train, as in system #578.
     """
     for block in model.blocks[:blocks]:
         block.requires_grad_(False)
@@ -2971,46 +2998,59 @@ def freeze(model: GPT, blocks: int, *, embeddings: bool) -> None:
                 parameter.requires_grad_(False)
 
 
-def text_gradients(forward: Callable, rows: np.ndarray, cfg: Config, rt: Runtime) -> Tensor:
-    """Add the gradients of the mean loss of rows (n, T + 1), shared by the ranks; returns it."""
-    mine, total = rt.to_device(rows[rt.share(len(rows))]), torch.zeros((), device=rt.device)
-    for micro in mine.split(max(cfg.micro_batch_tokens // cfg.eval_seq_len, 1)):
-        if len(micro):
-            loss = forward(*inputs_and_targets(micro)) * (len(micro) / len(rows))
-            loss.backward()
-            total += loss.detach()
-    rt.sum_(total)
-    return total
+def whole_rows(text: np.ndarray, length: int) -> np.ndarray:
+    """A text (n + 1,) as rows (n // length, length + 1) side by side; each row's target follows."""
+    starts = np.arange((len(text) - 1) // length)[:, None] * length
+    return text[starts + np.arange(length + 1)]
+
+
+def text_step(
+    model: GPT,
+    rows: np.ndarray,
+    optimizer: torch.optim.Optimizer,
+    cfg: Config,
+    rt: Runtime,
+    *,
+    plan: DepthPlan,
+    clip_norm: float,
+) -> Tensor:
+    """One optimizer step on rows of text (n, T + 1), which the ranks share; returns the mean loss.
+
+    A rank without any still takes part in the sums. Changes the model and the optimizer in place.
+    """
+    mine, forward = rt.to_device(rows[rt.share(len(rows))]), functools.partial(model, plan=plan)
+    micro_rows = max(cfg.micro_batch_tokens // cfg.eval_seq_len, 1)
+    loss = add_gradients(forward, mine, micro_rows, len(rows))
+    apply_gradients(model, [optimizer], clip_norm, rt)
+    rt.sum_(loss)
+    return loss
 
 
 def fine_tune_on_validation(
-    forward: Callable, model: GPT, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
+    model: GPT, val: ValidationTokens, cfg: Config, rt: Runtime, *, plan: DepthPlan
 ) -> None:
-    """Train on the text that will be scored, as system #1487 did; its result is no record.
+    """Train on the text that will be scored, as system #1487 did; its result can never be a record.
 
-    AdamW, cosine over the epochs down to a tenth, first blocks frozen; `forward` has its depth plan
-    bound. Changes the model in place.
+    AdamW, cosine over the epochs down to a tenth, first blocks frozen. Changes the model in place.
     """
-    length, epochs = cfg.eval_seq_len, cfg.prequant_ttt_epochs
-    count = (len(val.tokens) - 1) // length
-    places = np.arange(count)[:, None] * length + np.arange(length + 1)
-    rows = max(cfg.prequant_ttt_batch_tokens // length, 1)
+    text, epochs = whole_rows(val.tokens, cfg.eval_seq_len), cfg.prequant_ttt_epochs
+    size = max(cfg.prequant_ttt_batch_tokens // cfg.eval_seq_len, 1)
     freeze(model, cfg.prequant_ttt_freeze_blocks, embeddings=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    step = functools.partial(text_step, plan=plan, clip_norm=1.0)
     for epoch in range(epochs):
         floor = 0.1 * cfg.prequant_ttt_lr
         swing = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         optimizer.param_groups[0]["lr"] = floor + (cfg.prequant_ttt_lr - floor) * swing
-        losses, begun, show = [], time.perf_counter(), log.progress("prequant_ttt")
-        for first in range(0, count, rows):
-            batch = val.tokens[places[first : first + rows]]
-            losses.append(text_gradients(forward, batch, cfg, rt) * len(batch))
-            apply_gradients(model, [optimizer], 1.0, rt)
-            show(min(first + rows, count) / count)
-        loss = float(torch.stack(losses).sum()) / count
-        seconds = time.perf_counter() - begun
-        log.line(f"prequant_ttt:epoch {epoch + 1}/{epochs} loss:{loss:.4f} time:{seconds:.1f}s")
+        losses, begun, show = [], time.perf_counter(), rt.log.progress("prequant_ttt")
+        for first in range(0, len(text), size):
+            rows = text[first : first + size]
+            losses.append(step(model, rows, optimizer, cfg, rt) * len(rows))
+            show(min(first + size, len(text)) / len(text))
+        loss, seconds = float(torch.stack(losses).sum()) / len(text), time.perf_counter() - begun
+        done = f"epoch {epoch + 1}/{epochs} loss:{loss:.4f} time:{seconds:.1f}s"
+        rt.log.line(f"prequant_ttt:{done}")
     model.requires_grad_(True)
 
 
@@ -3022,123 +3062,198 @@ def fine_tune_on_validation(
 
 
 GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
+FLOAT_TYPES = {"float16": "<f2", "float32": "<f4"}
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Codes:
     """A matrix as int8 codes (rows, cols) within `bits` and float16 scales (rows,)."""
 
     codes: Tensor
     scales: Tensor
     bits: int
 
+    @property
+    def kind(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
     def dequantize(self) -> Tensor:
         """(rows, cols) float32."""
         return self.codes.float() * self.scales.float()[:, None]
 
+    def streams(self) -> dict[str, np.ndarray]:
+        """What is stored: flat arrays by stream."""
+        return dict(codes=self.codes.cpu().numpy().ravel(), scales=self.scales.cpu().numpy())
+
+    def entropy_bits(self) -> float:
+        """What a coder needs that knows how often each code occurs, scales included."""
+        counts = np.bincount(self.codes.cpu().numpy().ravel().astype(np.int16) + 128)
+        shares = counts[counts > 0] / counts.sum()
+        return -(shares * np.log2(shares)).sum() * self.codes.numel() + 16 * self.scales.numel()
+
+    @staticmethod
+    def layout(kind: str, shape: Sequence[int]) -> dict[str, tuple[str, int]]:
+        """Type and number of the values in each stream. Raises ValueError for another shape."""
+        if len(shape) != 2:
+            raise ValueError(f"{kind} of shape {shape}")
+        return dict(codes=("i1", math.prod(shape)), scales=("<f2", shape[0]))
+
+    @classmethod
+    def read(cls, kind: str, shape: Sequence[int], streams: Mapping[str, np.ndarray]) -> Codes:
+        """Undo `streams`. Raises ValueError for codes out of range or non-finite scales."""
+        codes, scales, bits = streams["codes"], streams["scales"], int(kind[3:])
+        if np.abs(codes.astype(np.int16)).max(initial=0) >= 2 ** (bits - 1):
+            raise ValueError(f"codes beyond {kind}")
+        if not np.isfinite(scales).all():
+            raise ValueError("non-finite scales")
+        return cls(torch.from_numpy(codes.reshape(shape)), torch.from_numpy(scales), bits)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A tensor as float16 or float32 values, of any shape."""
+
+    values: Tensor
+
+    @property
+    def kind(self) -> str:
+        return str(self.values.dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def dequantize(self) -> Tensor:
+        """The same shape, float32."""
+        return self.values.float()
+
+    def streams(self) -> dict[str, np.ndarray]:
+        """What is stored: flat arrays by stream."""
+        return {self.kind: self.values.cpu().numpy().ravel()}
+
+    def entropy_bits(self) -> float:
+        """Floats are taken to need all their bits."""
+        return 8.0 * self.values.numel() * self.values.element_size()
+
+    @staticmethod
+    def layout(kind: str, shape: Sequence[int]) -> dict[str, tuple[str, int]]:
+        """Type and number of the values in each stream."""
+        return {kind: (FLOAT_TYPES[kind], math.prod(shape))}
+
+    @classmethod
+    def read(cls, kind: str, shape: Sequence[int], streams: Mapping[str, np.ndarray]) -> Floats:
+        """Undo `streams`. Raises ValueError for non-finite values."""
+        if not np.isfinite(streams[kind]).all():
+            raise ValueError("non-finite values")
+        return cls(torch.from_numpy(streams[kind].reshape(shape)))
+
 
 @torch.no_grad()
 def collect_hessians(
-    model: GPT, loader: Loader, first: int, plan: DepthPlan, cfg: Config, rt: Runtime, log: Log
+    model: GPT, loader: Loader, cfg: Config, rt: Runtime, *, plan: DepthPlan, first: int = 0
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over the inputs x of each Linear that GPTQ stores, by module name.
+    """Mean of x x^T over the inputs x of each matrix that GPTQ stores, by the tensor's name.
 
     Args:
-        first: training window with which calibration begins; the ranks share the windows.
         plan: a layer that it visits more than once adds up its visits.
+        first: training window with which calibration begins; the ranks share the windows.
     Returns: (inputs, inputs) float32 each.
     The head's inputs are the outputs of the final norm: the Hessian of the tied embedding is taken
     where it is read as a head. Ends early, on all ranks, if the training budget would be exceeded.
     """
-    sums, rows = {}, {}
+    sums, counts = {}, {}
 
     def tap(name: str, module: Linear) -> Any:
         width = module.in_features
-        sums[name], rows[name] = torch.zeros(width, width, device=rt.device), 0
+        sums[name], counts[name] = torch.zeros(width, width, device=rt.device), 0
 
         def hook(module: Linear, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
             sums[name].addmm_(x.T, x)
-            rows[name] += len(x)
+            counts[name] += len(x)
 
         return module.register_forward_pre_hook(hook)
 
-    rules = tensor_rules(cfg)
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
-    taps = [
-        tap(name, module)
-        for name, module in linears
-        if rule_of(f"{name}.weight", rules).quantizer == "gptq"
-    ]
-    per_batch = max(cfg.train_batch_tokens // cfg.train_seq_len // 8, 1)
+    linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
+    taps = [tap(name, m) for name, m in linears.items() if model.rows[name].store.gptq]
     most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
-    with contextlib.closing(loader.batches(rt, per_batch, first)) as batches:
-        done, show, limit = 0, log.progress("calibration"), cfg.max_wallclock_seconds or math.inf
-        while done < cfg.gptq_calibration_batches:
-            one_more = rt.budget.total(["calibration"]) / max(done, 1)
-            (ends,) = rt.agree_max(rt.budget.total(Budget.TRAINING) + one_more)
-            if done and ends > limit:
-                log.line(
-                    f"GPTQ:calibration stopped by the budget after {done} of "
-                    f"{cfg.gptq_calibration_batches} batches"
-                )
+    batches, total = (
+        loader.batches(rt, max(cfg.train_rows // 8, 1), first),
+        cfg.gptq_calibration_batches,
+    )
+    show, pace = (
+        rt.log.progress("calibration"),
+        Pace(rt, Budget.TRAINING, cfg.max_wallclock_seconds),
+    )
+    with contextlib.closing(batches):
+        for done in range(total):
+            if done and pace.late(batch=1):
+                said = f"after {done} of {total} batches"
+                rt.log.line(f"GPTQ:calibration stopped by the budget {said}")
                 break
-            for micro in next(batches).split(most):
-                if len(micro):  # more ranks than windows
-                    model(micro[:, :-1], plan=plan)
-            rt.synchronize()
-            done += 1
-            show(done / cfg.gptq_calibration_batches)
+            with pace.piece("batch"):
+                for micro in next(batches).split(most):
+                    if len(micro):  # more ranks than windows
+                        model.forward(micro[:, :-1], plan=plan)  # hooks need the eager one
+                rt.synchronize()
+            show((done + 1) / total)
     for handle in taps:
         handle.remove()
-    for name, total in sums.items():
-        count = torch.tensor(float(rows[name]), device=rt.device)
-        rt.sum_(total, count)
-        total.div_(count)
+    for name, hessian in sums.items():
+        count = torch.tensor(float(counts[name]), device=rt.device)
+        rt.sum_(hessian, count)
+        hessian.div_(count)
     return sums
 
 
-def round_to_nearest(weight: Tensor, scales: Tensor, bits: int) -> Quantized:
+def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime) -> Config:
+    """The configuration with the time that calibration of this model will take, and a tenth more.
+
+    Two batches tell. Half of the limit is the most that is kept.
+    """
+    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
+    begin, plan = time.perf_counter(), depth_plan(cfg, looped=True)
+    collect_hessians(model, loader, trial, rt, plan=plan)
+    rt.synchronize()
+    needed = 1.1 * (time.perf_counter() - begin) * cfg.gptq_calibration_batches / 2
+    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
+    rt.log.line(f"GPTQ:reserving {seconds:.1f}s for calibration, as measured")
+    rt.log.put(gptq_reserve_seconds=seconds)
+    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
+
+
+def round_to_nearest(weight: Tensor, scales: Tensor, bits: int) -> Codes:
     """Codes of each entry by itself."""
     top = 2 ** (bits - 1) - 1
     codes = (weight.float() / scales.float()[:, None]).round().clamp(-top, top)
-    return Quantized(codes.to(torch.int8), scales, bits)
+    return Codes(codes.to(torch.int8), scales, bits)
 
 
-def gptq_quantize(
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    bits: int,
-    clip_sigmas: float,
-    percentiles: Sequence[float] = (),
-    smallest: float = SMALLEST_SCALE,
-    descending: bool = True,
-) -> Quantized:
+def gptq_quantize(weight: Tensor, hessian: Tensor, store: AsCodes, coarser: float = 1.0) -> Codes:
     """Round a matrix to integers so that its *outputs*, not its entries, change least.
 
     Args:
         weight: (rows, cols) float. Not modified.
         hessian: (cols, cols) float, mean of x x^T over calibration inputs x. Not modified.
-        bits: width of a code; codes lie in +-(2**(bits-1) - 1).
-        clip_sigmas, percentiles, smallest: see `row_scales`.
-        descending: take the columns by falling diagonal of the Hessian, else by rising.
+        store: bits, scales and the order of the columns; coarser: see `AsCodes.scales`.
 
     Returns: codes and scales on the weight's device.
     Raises: ValueError if the shapes disagree or bits is not in 2..8.
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1, columns by their diagonal.
     """
-    rows, cols = weight.shape
-    if hessian.shape != (cols, cols) or not 2 <= bits <= 8:
-        raise ValueError(
-            f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}, bits {bits}"
-        )
-    w, h, top = weight.float().clone(), hessian.float().clone(), 2 ** (bits - 1) - 1
-    scales = row_scales(w, bits, clip_sigmas, percentiles, smallest)
+    cols, top = weight.shape[1], store.top
+    if hessian.shape != (cols, cols) or not 2 <= store.bits <= 8:
+        raise ValueError(f"weight {tuple(weight.shape)}, hessian {tuple(hessian.shape)}, {store}")
+    w, h = weight.float().clone(), hessian.float().clone()
+    scales = store.scales(w, coarser).half()
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0
     w[:, dead] = 0.0
-    order = torch.argsort(h.diagonal(), descending=descending, stable=True)
+    order = torch.argsort(h.diagonal(), descending=store.gptq == "descending", stable=True)
     w, h = w[:, order], h[order][:, order]
     h.diagonal().add_(GPTQ_DAMPING * h.diagonal().mean())
     u = inverse_factor(h)
@@ -3152,7 +3267,7 @@ def gptq_quantize(
             w[:, j : block.stop] -= torch.outer(error, u[j, j : block.stop])
             errors[:, j - first] = error
         w[:, block.stop :] -= errors @ u[block, block.stop :]
-    return Quantized(codes[:, torch.argsort(order)].to(torch.int8), scales, bits)
+    return Codes(codes[:, torch.argsort(order)].to(torch.int8), scales, store.bits)
 
 
 def inverse_factor(h: Tensor) -> Tensor:
@@ -3167,74 +3282,42 @@ def inverse_factor(h: Tensor) -> Tensor:
     )
 
 
-def quantize_model(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    cfg: Config,
-    log: Log,
-    coarser: float = 1.0,
-) -> dict[str, Quantized | Tensor]:
-    """Store every tensor as its rule says: codes by GPTQ or to nearest, or floats.
+def quantize(
+    weight: Tensor, store: AsCodes | AsFloats, hessian: Tensor | None, coarser: float = 1.0
+) -> Codes | Floats:
+    """Store a tensor as its row of the table says; the Hessian is needed for GPTQ alone."""
+    if isinstance(store, AsFloats):
+        return Floats(weight.to(getattr(torch, store.dtype)))
+    if store.gptq:
+        return gptq_quantize(weight, hessian, store, coarser)
+    return round_to_nearest(weight, store.scales(weight, coarser).half(), store.bits)
 
-    Args:
-        hessians: by module name (a tensor's name without ``.weight``).
-        coarser: multiplies ranges of the sigma rule; entropy falls by log2 of it, bits per code.
+
+def quantize_model(
+    model: GPT, hessians: Mapping[str, Tensor], rt: Runtime, coarser: float = 1.0
+) -> dict[str, Codes | Floats]:
+    """Every tensor as its row of the table says, by name.
+
+    coarser: multiplies ranges of the sigma rule; entropy falls by log2 of it, bits per code.
     """
-    stored, show = {}, log.progress("quantization")
+    weights, show = dict(model.named_parameters()), rt.log.progress("quantization")
+    stored = {}
     for done, (name, weight) in enumerate(weights.items()):
-        rule = rule_of(name, tensor_rules(cfg))
-        sigmas = rule.clip_sigmas * coarser
-        if rule.quantizer == "gptq":
-            stored[name] = gptq_quantize(
-                weight,
-                hessians[name.removesuffix(".weight")],
-                bits=rule.bits,
-                clip_sigmas=sigmas,
-                percentiles=rule.percentiles,
-                smallest=rule.smallest,
-                descending=cfg.gptq_order == "descending",
-            )
-        elif rule.quantizer == "nearest":
-            scales = row_scales(weight, rule.bits, sigmas, rule.percentiles, rule.smallest)
-            stored[name] = round_to_nearest(weight, scales, rule.bits)
-        else:
-            stored[name] = weight.to(getattr(torch, rule.quantizer))
+        store = model.rows[name].store
+        stored[name] = quantize(weight.detach(), store, hessians.get(name), coarser)
         show((done + 1) / len(weights))
     return stored
 
 
-def measure_reserve(model: GPT, loader: Loader, cfg: Config, rt: Runtime, log: Log) -> Config:
-    """The configuration with the time that calibration and quantization of this model will take.
-
-    Two batches of calibration and, on rank 0, one pass of the quantizer tell; a tenth is added.
-    """
-    silent, plan = Log(".", "", enabled=False), depth_plan(cfg, looped=True)
-    trial = dataclasses.replace(cfg, gptq_calibration_batches=2, max_wallclock_seconds=0.0)
-    begin = time.perf_counter()
-    hessians = collect_hessians(model, loader, 0, plan, trial, rt, silent)
-    rt.synchronize()
-    middle = time.perf_counter()
-    if rt.is_main:
-        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        quantize_model(weights, hessians, cfg, silent)
-        rt.synchronize()
-    batches = cfg.gptq_calibration_batches / trial.gptq_calibration_batches
-    needed = 1.1 * ((middle - begin) * batches + time.perf_counter() - middle)
-    (seconds,) = rt.agree_max(min(needed, 0.5 * cfg.max_wallclock_seconds))
-    log.line(f"GPTQ:reserving {seconds:.1f}s for calibration and quantization, as measured")
-    log.put(gptq_reserve_seconds=seconds)
-    return dataclasses.replace(cfg, gptq_reserve_seconds=seconds)
-
-
-def prune_ones(tensors: Mapping[str, Quantized | Tensor], bits: int, count: int) -> int:
-    """Zero up to `count` codes of +-1, those of the smallest steps first, in place.
+def prune_ones(tensors: Mapping[str, Codes | Floats], bits: int, count: int) -> int:
+    """Zero up to `count` codes of +-1, those of the smallest scales first, in place.
 
     Only tensors of this width; returns how many codes were zeroed.
     """
     rows = [
         (float(scale), tensor.codes[i])
         for tensor in tensors.values()
-        if isinstance(tensor, Quantized) and tensor.bits == bits
+        if isinstance(tensor, Codes) and tensor.bits == bits
         for i, scale in enumerate(tensor.scales)
     ]
     left = count
@@ -3249,16 +3332,18 @@ def prune_ones(tensors: Mapping[str, Quantized | Tensor], bits: int, count: int)
 
 # ---------------------------------------------------------------------------------------------
 # 10  Artifact
-# Bytes on disk and back. A frame (magic, version, compressor, lengths, CRC of everything) holds one
-# compressed payload: a JSON header and raw streams. No pickle; equal weights give equal bytes; all
+# Bytes on disk and back: a frame (magic, version, CRC of everything), a JSON header in the clear,
+# then one compressed payload of raw streams. No pickle; equal weights give equal bytes; everything
 # is checked before any of it is used.
 # ---------------------------------------------------------------------------------------------
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 1
-FRAME = struct.Struct("<4sBBQQI")  # magic, version, compressor, payload bytes, raw bytes, CRC-32
-LARGEST_RAW_BYTES = 1 << 32
-FLOAT_BYTES = {"float16": 2, "float32": 4}  # the kinds that are no codes, and their size
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
+FRAME = struct.Struct("<4sBII")  # magic, version, bytes of the header, CRC-32 of all but itself
+LARGEST_RAW_BYTES = 1 << 30
+KINDS = {f"int{bits}": Codes for bits in range(2, 9)} | dict.fromkeys(FLOAT_TYPES, Floats)
+STREAMS = ("codes", "scales", *FLOAT_TYPES)  # in this order, so that like values lie together
+DAMAGED = "it is damaged or cut off; copy it again"
 COMPRESSORS = {
     "none": ("zlib", "error"),
     "brotli": ("brotli", "error"),  # module, its error class
@@ -3293,25 +3378,25 @@ def compress(data: bytes, compressor: str) -> bytes:
 
 
 def decompress(data: bytes, compressor: str, raw_bytes: int) -> bytes:
-    """Undo `compress`. Raises ArtifactError if the data is no such stream of `raw_bytes` bytes."""
+    """Undo `compress`, never making much more than `raw_bytes` bytes.
+
+    Raises: ArtifactError if the data is not such a stream of `raw_bytes` bytes.
+    """
     module, raw = codec(compressor), data
     try:
         if compressor == "brotli":
-            raw = module.decompress(data)
+            raw = module.Decompressor().process(data, output_buffer_limit=raw_bytes + 1)
         elif compressor == "zstd":
             raw = module.ZstdDecompressor().decompress(data, max_output_size=raw_bytes)
         elif compressor == "lzma":
-            raw = module.LZMADecompressor(module.FORMAT_RAW, filters=LZMA_FILTERS).decompress(
-                data, raw_bytes
-            )
+            reader = module.LZMADecompressor(module.FORMAT_RAW, filters=LZMA_FILTERS)
+            raw = reader.decompress(data, raw_bytes)
     except getattr(module, COMPRESSORS[compressor][1]) as error:
         raise ArtifactError(
-            f"artifact: {compressor} cannot read it ({error}); copy it again"
+            f"artifact: {compressor} cannot read it ({error}); {DAMAGED}"
         ) from error
     if len(raw) != raw_bytes:
-        raise ArtifactError(
-            f"artifact: {len(raw):,} raw bytes, expected {raw_bytes:,}; copy it again"
-        )
+        raise ArtifactError(f"artifact: {len(raw):,} raw bytes, expected {raw_bytes:,}; {DAMAGED}")
     return raw
 
 
@@ -3326,317 +3411,172 @@ def unplanes(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(size, -1).T.copy().view(dtype).ravel()
 
 
-def tensor_kind(stored: Quantized | Tensor) -> str:
-    """How a tensor is stored: ``int6`` (codes and row scales), ``float16``, ``float32``."""
-    if isinstance(stored, Quantized):
-        return f"int{stored.bits}"
-    return str(stored.dtype).removeprefix("torch.")
+def fold(table: Mapping[str, list]) -> dict[str, list]:
+    """A table of tensors {name: [kind, shape]} with one entry for what all blocks share.
+
+    ``blocks.*.attn.q.weight: [kind, shape, 11]`` stands for those of blocks 0 to 10.
+    """
+    groups, folded = collections.defaultdict(dict), {}
+    for name, entry in table.items():
+        groups[re.sub(r"\.\d+\.", ".*.", name)][name] = entry
+    for pattern, members in groups.items():
+        entries, names = list(members.values()), list(unfold({pattern: ["", [], len(members)]}))
+        alike = (
+            len(members) > 1 and list(members) == names and entries.count(entries[0]) == len(names)
+        )
+        folded |= {pattern: [*entries[0], len(names)]} if alike else members
+    return folded
+
+
+def unfold(folded: Mapping[str, list]) -> dict[str, list]:
+    """Undo `fold`, but for the order, which is that of the stored streams."""
+    table = {}
+    for pattern, (kind, shape, *count) in folded.items():
+        for number in range(*(count or [1])):
+            table[pattern.replace("*", str(number))] = [kind, shape]
+    return table
 
 
 def pack(
-    tensors: Mapping[str, Quantized | Tensor], header: Mapping[str, Any], compressor: str
+    tensors: Mapping[str, Codes | Floats], header: Mapping[str, Any], compressor: str
 ) -> bytes:
     """Tensors and facts to the bytes of an artifact; the same input gives the same bytes.
 
-    Args:
-        tensors: by name; `Quantized`, float16 or float32.
-        header: JSON values, among them the model settings; ``tensors`` is added.
-    The streams follow each other by what they hold (codes, then scales, then floats), so that the
-    compressor meets each statistic once.
+    header: JSON values, among them the model settings; compressor and tensors are added.
     """
-    table, codes, scales, floats = [], [], [], []
-    for name, stored in tensors.items():
-        quantized = isinstance(stored, Quantized)
-        shape = stored.codes.shape if quantized else stored.shape
-        table.append([name, tensor_kind(stored), list(shape)])
-        if quantized:
-            codes.append(stored.codes.cpu().numpy().tobytes())
-            scales.append(stored.scales.cpu().numpy().ravel())
-        else:
-            floats.append(planes(stored.cpu().numpy()))
-    text = json.dumps({**header, "tensors": table}, sort_keys=True, separators=(",", ":")).encode()
-    row_scales = planes(np.concatenate(scales)) if scales else b""
-    raw = b"".join([len(text).to_bytes(4, "little"), text, *codes, row_scales, *floats])
-    payload = compress(raw, compressor)
-    facts = (
-        ARTIFACT_MAGIC,
-        ARTIFACT_VERSION,
-        list(COMPRESSORS).index(compressor),
-        len(payload),
-        len(raw),
-    )
-    crc = zlib.crc32(payload, zlib.crc32(FRAME.pack(*facts, 0)))
-    return FRAME.pack(*facts, crc) + payload
+    folded = fold({name: [stored.kind, list(stored.shape)] for name, stored in tensors.items()})
+    streams = collections.defaultdict(list)
+    for name in unfold(folded):
+        for label, values in tensors[name].streams().items():
+            streams[label].append(values)
+    raw = b"".join(planes(np.concatenate(streams[s])) for s in STREAMS if s in streams)
+    facts = {**header, "compressor": compressor, "tensors": folded}
+    text = json.dumps(facts, sort_keys=False, separators=(",", ":")).encode()
+    rest = text + compress(raw, compressor)
+    frame = FRAME.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), 0)
+    return FRAME.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(frame + rest)) + rest
 
 
-def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the float32 tensors of an artifact.
+def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of an artifact, as it stands there, and the compressed streams.
 
-    Raises: ArtifactError for anything but the bytes that `pack` made: every truncation, every
-    flipped bit, and a header that promises other streams than there are.
+    Raises: ArtifactError for anything but an artifact of this version whose checksum is right.
     """
     if len(blob) < FRAME.size or blob[:4] != ARTIFACT_MAGIC:
-        raise ArtifactError(
-            f"artifact: no artifact ({len(blob):,} bytes, begins with {blob[:4]!r}); "
-            "give the file that a run wrote"
-        )
-    *facts, crc = FRAME.unpack_from(blob)
-    _, version, compressor, payload_bytes, raw_bytes = facts
-    payload = blob[FRAME.size :]
+        begin = f"{len(blob):,} bytes, begins with {blob[:4]!r}"
+        raise ArtifactError(f"not an artifact file ({begin}); give the file that a run wrote")
+    magic, version, text_bytes, crc = FRAME.unpack_from(blob)
     if version != ARTIFACT_VERSION:
-        raise ArtifactError(
-            f"artifact: version {version}, expected {ARTIFACT_VERSION}; use the program "
-            "that wrote it"
-        )
-    if len(payload) != payload_bytes:
-        raise ArtifactError(
-            f"artifact: {len(payload):,} payload bytes, expected {payload_bytes:,}; copy it again"
-        )
-    if zlib.crc32(payload, zlib.crc32(FRAME.pack(*facts, 0))) != crc:
-        raise ArtifactError("artifact: the checksum does not match, it is damaged; copy it again")
-    if compressor >= len(COMPRESSORS) or raw_bytes > LARGEST_RAW_BYTES:
-        raise ArtifactError(f"artifact: compressor {compressor}, {raw_bytes:,} raw bytes: not ours")
-    raw = decompress(payload, list(COMPRESSORS)[compressor], raw_bytes)
+        expected = f"expected {ARTIFACT_VERSION}; use the program that wrote it"
+        raise ArtifactError(f"artifact: version {version}, {expected}")
+    rest = blob[FRAME.size :]
+    if zlib.crc32(FRAME.pack(magic, version, text_bytes, 0) + rest) != crc:
+        raise ArtifactError(f"artifact: the checksum does not match, {DAMAGED}")
     try:
-        text_bytes = int.from_bytes(raw[:4], "little")
-        header = json.loads(raw[4 : 4 + text_bytes])
-        return header, read_tensors(header["tensors"], memoryview(raw)[4 + text_bytes :])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"artifact: the header does not describe the content ({error})"
-        ) from error
+        return dict(json.loads(rest[:text_bytes])), rest[text_bytes:]
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"artifact: its header is not JSON ({error}); {DAMAGED}") from error
 
 
-def read_tensors(table: Sequence[Sequence[Any]], streams: memoryview) -> dict[str, Tensor]:
-    """The float32 tensors of a table [name, kind, shape] from the streams that `pack` laid out.
+def tensor_layouts(header: Mapping[str, Any]) -> dict[str, tuple[str, list, dict]]:
+    """Kind, shape and streams of each tensor that a header names, in stored order.
 
-    Raises: ValueError unless table and streams agree to the last byte, codes lie in their range and
-    all values are finite; TypeError if the table is no table.
+    Raises: ArtifactError unless all are well formed and within LARGEST_RAW_BYTES together.
     """
-    for name, kind, shape in table:
-        sizes_ok = all(type(size) is int and 0 <= size <= len(streams) for size in shape)
-        dims_ok = len(shape) == 2 if re.fullmatch("int[2-8]", kind) else kind in FLOAT_BYTES
-        if not (isinstance(name, str) and sizes_ok and dims_ok):
-            raise ValueError(f"tensor {name}: {kind} of shape {shape}")
-    coded = {name: int(kind[3:]) for name, kind, _ in table if kind.startswith("int")}
-    counts = {name: math.prod(shape) for name, _, shape in table}
-    heights = [shape[0] for name, _, shape in table if name in coded]
-    total = sum(counts[name] * FLOAT_BYTES.get(kind, 1) for name, kind, _ in table)
-    if len(counts) != len(table) or total + 2 * sum(heights) != len(streams):
-        raise ValueError("the table promises other lengths")
-    position = 0
-
-    def take(count: int) -> memoryview:
-        nonlocal position
-        position += count
-        return streams[position - count : position]
-
-    codes = {name: np.frombuffer(take(counts[name]), np.int8) for name in coded}
-    scales = unplanes(take(2 * sum(heights)), "<f2").astype(np.float32)
-    scales, out = np.split(scales, np.cumsum(heights)[:-1]), {}
-    for name, kind, shape in table:
-        if name in coded:
-            ints, row_scales = codes[name].reshape(shape), scales.pop(0)[:, None]
-            beyond = np.abs(ints.astype(np.int16)).max(initial=0) >= 2 ** (coded[name] - 1)
-            if beyond or not np.isfinite(row_scales).all():
-                raise ValueError(f"tensor {name}: codes beyond {kind} or scales without end")
-            values = ints * row_scales
-        else:
-            values = unplanes(take(counts[name] * FLOAT_BYTES[kind]), kind).astype(np.float32)
-            if not np.isfinite(values).all():
-                raise ValueError(f"tensor {name}: values that are not finite")
-        out[name] = torch.from_numpy(values.reshape(shape))
-    return out
+    found, total = {}, 0
+    try:
+        for pattern, (kind, shape, *count) in header["tensors"].items():
+            sizes = [*shape, *count]
+            if not all(type(size) is int and 0 <= size <= LARGEST_RAW_BYTES for size in sizes):
+                raise ValueError(f"tensor {pattern}: {kind} of shape {shape} {count}")
+            layout = KINDS[kind].layout(kind, shape)
+            each = sum(np.dtype(dtype).itemsize * size for dtype, size in layout.values())
+            total += max(each, 1) * math.prod(count)
+            if total > LARGEST_RAW_BYTES:
+                raise ValueError(f"more than {LARGEST_RAW_BYTES:,} raw bytes")
+            found |= dict.fromkeys(unfold({pattern: [kind, shape, *count]}), (kind, shape, layout))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"artifact: its header does not describe tensors ({error})") from error
+    return found
 
 
-FIT_ATTEMPTS, FIT_SLACK = 8, 0.001  # a search ends within this part of the limit
-TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer steps gain
-PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
+def read_tensors(header: Mapping[str, Any], payload: bytes) -> dict[str, Codes | Floats]:
+    """The tensors of an artifact, from what `read_header` gave.
 
-
-def expected_bytes(cfg: Config) -> tuple[int, int]:
-    """What an artifact needs at least, and what it takes if weights are Gaussian, uncompressed.
-
-    A Gaussian row rounded to steps of s standard deviations has codes of log2(sqrt(2 pi e) / s)
-    bits. At least: row scales and floats, while codes can be made as coarse as need be.
+    Raises: ArtifactError unless header and streams agree to the last byte, codes lie in their range
+    and all values are finite.
     """
-    with torch.device("meta"):
-        sizes = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
-    least, codes = 0, 0.0
-    for name, shape in sizes.items():
-        rule = rule_of(name, tensor_rules(cfg))
-        if rule.bits:
-            least += FLOAT_BYTES["float16"] * shape[0]
-            step = rule.clip_sigmas / (2 ** (rule.bits - 1) - 1)
-            bits = (
-                rule.bits if rule.percentiles else math.log2(math.sqrt(2 * math.pi * math.e) / step)
-            )
-            codes += math.prod(shape) * min(max(bits, 0.0), rule.bits) / 8
-        else:
-            least += FLOAT_BYTES[rule.quantizer] * math.prod(shape)
-    return least, least + int(codes)
-
-
-def announce_size(cfg: Config, log: Log) -> None:
-    """Before training: what the code leaves for the artifact, and what that is likely to need.
-
-    Raises: ConfigError if no rounding could fit the model beside the code.
-    """
-    left, (least, expected) = cfg.artifact_limit_bytes - code_bytes(), expected_bytes(cfg)
-    if least > left:
-        raise ConfigError(
-            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the code's {code_bytes()} bytes "
-            f"leave {left}, and scales and vectors of this model alone need {least}; make the "
-            "model smaller"
+    tensors, compressor = tensor_layouts(header), header.get("compressor")
+    if compressor not in COMPRESSORS:
+        raise ArtifactError(f"artifact: compressor {compressor!r} is not known here")
+    streams, position = collections.defaultdict(dict), 0
+    for name, (_, _, layout) in tensors.items():
+        for label, (dtype, count) in layout.items():
+            streams[label][name] = np.dtype(dtype), count
+    sizes = {s: sum(d.itemsize * n for d, n in streams[s].values()) for s in STREAMS}
+    raw, parts = decompress(payload, compressor, sum(sizes.values())), collections.defaultdict(dict)
+    for label in (s for s in STREAMS if s in streams and streams[s]):
+        dtype, counts = (
+            next(iter(streams[label].values()))[0],
+            [n for _, n in streams[label].values()],
         )
-    note = "; codes will be coarser than set" if expected > left else ""
-    log.line(f"artifact: {left} bytes left beside the code, about {expected} expected{note}")
+        values = unplanes(raw[position : position + sizes[label]], dtype)
+        position += sizes[label]
+        for name, part in zip(
+            streams[label], np.split(values, np.cumsum(counts)[:-1]), strict=True
+        ):
+            parts[name][label] = part
+    try:
+        return {
+            name: KINDS[kind].read(kind, shape, parts[name])
+            for name, (kind, shape, _) in tensors.items()
+        }
+    except ValueError as error:
+        raise ArtifactError(f"artifact: {error}; use the program that wrote it") from error
 
 
-def fit_artifact(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> bytes:
-    """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
+def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Codes | Floats]]:
+    """The header and the tensors of an artifact. Raises: ArtifactError, see the parts."""
+    header, payload = read_header(blob)
+    return header, read_tensors(header, payload)
 
-    FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
-    TIGHTEST_SIGMAS; no more than FIT_SLACK of the limit stays unused. wider: the same, but no range
-    gets tighter than it is set. prune: ranges as they are set; codes of +-1 become 0 if need be.
-    Raises: ArtifactError if it cannot be made to fit.
+
+class Stored(NamedTuple):
+    """A file of weights, opened and checked once, and the configuration with its model."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Codes | Floats]
+    cfg: Config
+
+    @property
+    def plan(self) -> DepthPlan:
+        """The wiring that the last training step ran."""
+        return depth_plan(self.cfg, looped=self.header["looped"])
+
+    def model(self, backend: Backend, rt: Runtime) -> GPT:
+        """A fresh model with these weights, compiled where this run compiles."""
+        model = GPT(self.cfg, backend)
+        model.load_state_dict({name: t.dequantize() for name, t in self.tensors.items()})
+        return rt.compile(model.to(rt.device))
+
+
+def open_stored(path: str | Path, cfg: Config, rt: Runtime) -> Stored:
+    """Open an artifact or a checkpoint. Everything is checked before a weight is used.
+
+    Raises: ArtifactError if the bytes or tensors are not what they should be, ConfigError if the
+    environment asks for another model; on all ranks.
     """
-
-    def quantized(factor: float) -> dict[str, Quantized | Tensor]:
-        with rt.budget.phase("quantization"):
-            return quantize_model(weights, hessians, cfg, log, factor)
-
-    def packed(tensors: Mapping[str, Quantized | Tensor]) -> bytes:
-        with rt.budget.phase("compression"):
-            return pack(tensors, header, cfg.compressor)
-
-    fit = fit_by_pruning if cfg.fit_rule == "prune" else fit_by_ranges
-    blob, tensors = fit(quantized, packed, cfg, log)
-    limit = cfg.artifact_limit_bytes - code_bytes()
-    if len(blob) > limit:
-        raise ArtifactError(
-            f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
-            f"{limit:,}; lower MATRIX_BITS or the size of the model"
-        )
-    log_storage(tensors, log)
-    return blob
-
-
-def fit_by_ranges(
-    quantized: Callable, packed: Callable, cfg: Config, log: Log
-) -> tuple[bytes, dict[str, Quantized | Tensor]]:
-    """The artifact with the tightest ranges that fit, and its tensors; else the last one tried.
-
-    Ranges wider by 2^e lower the entropy of a code by about e bits: that, and once one artifact was
-    too large and one not, the line through both, tells which e to try next.
-    """
-    limit, exponent = cfg.artifact_limit_bytes - code_bytes(), 0.0
-    tightest = TIGHTEST_SIGMAS / min(cfg.matrix_clip_sigmas, cfg.embed_clip_sigmas)
-    floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
-    slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
-    for _ in range(FIT_ATTEMPTS):
-        tensors = quantized(2**exponent)
-        blob = packed(tensors)
-        excess = len(blob) - limit
-        log.line(f"artifact: {len(blob)} bytes with ranges x {2**exponent:.4f}, limit {limit}")
-        if excess <= 0:
-            best, fits = (blob, tensors), (exponent, excess)
-            if exponent <= floor or -excess <= slack:
-                break
-        else:
-            over = exponent, excess
-        codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
-        aim = excess + slack / 2  # the middle of what is allowed
-        if fits and over:
-            (right, below), (left, above) = fits, over
-            exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
-        else:
-            exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
-    return best or (blob, tensors)
-
-
-def fit_by_pruning(
-    quantized: Callable, packed: Callable, cfg: Config, log: Log
-) -> tuple[bytes, dict[str, Quantized | Tensor]]:
-    """The artifact with codes of +-1 made 0 until it fits, and its tensors; else the last one.
-
-    As many codes as the bytes that the last ones saved call for (system #1487 takes eight for each
-    byte too many, which overshoots).
-    """
-    limit, tensors = cfg.artifact_limit_bytes - code_bytes(), quantized(1.0)
-    pruned, last, saving = 0, 0, PRUNED_CODE_BYTES
-    for _ in range(FIT_ATTEMPTS):
-        blob = packed(tensors)
-        excess = len(blob) - limit
-        if excess <= 0:
-            break
-        saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
-        pruned, last = prune_ones(tensors, cfg.matrix_bits, int(excess / saving) + 8), len(blob)
-        log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
-    return blob, tensors
-
-
-def log_storage(tensors: Mapping[str, Quantized | Tensor], log: Log) -> None:
-    """Say which tensors are stored how, and put what they take before compression in the JSON."""
-    groups: dict[tuple[str, str], list] = collections.defaultdict(list)
-    for name, stored in tensors.items():
-        groups[tensor_kind(stored), re.sub(r"blocks\.\d+\.", "blocks.*.", name)].append(stored)
-    log.line("Quantized weights:")
-    for kind, same in itertools.groupby(sorted(groups), key=lambda group: group[0]):
-        names = [name for _, name in same]
-        count = sum(len(groups[kind, name]) for name in names)
-        log.line(f"  {kind}: {count} tensors: {', '.join(names)}")
-    facts = [
-        dict(
-            group=name,
-            kind=kind,
-            tensors=len(stored),
-            parameters=sum((t.codes if isinstance(t, Quantized) else t).numel() for t in stored),
-            entropy_bytes=round(sum(map(entropy_bytes, stored))),
-        )
-        for (kind, name), stored in groups.items()
-    ]
-    log.put(storage=facts)
-
-
-def entropy_bytes(stored: Quantized | Tensor) -> float:
-    """What a tensor takes if a coder knew how often each code occurs; floats and scales as is."""
-    if not isinstance(stored, Quantized):
-        return stored.numel() * stored.element_size()
-    counts = np.bincount(stored.codes.cpu().numpy().ravel().astype(np.int16) + 128)
-    shares = counts[counts > 0] / counts.sum()
-    bits = -(shares * np.log2(shares)).sum() * stored.codes.numel()
-    return bits / 8 + FLOAT_BYTES["float16"] * len(stored.scales)
-
-
-def load_model(
-    blob: bytes, cfg: Config, rt: Runtime, origin: str
-) -> tuple[GPT, Config, dict[str, Any]]:
-    """A fresh model from an artifact or checkpoint: (model, its configuration, header).
-
-    Raises: ArtifactError if the bytes or the tensors are not what they should be, ConfigError if
-    the environment asks for another model.
-    """
-    header, tensors = unpack(blob)
-    cfg = cfg.with_model(model_settings(header, origin), origin)
-    _, kernel, _ = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    with torch.device("meta"):  # shapes alone: the tensors' sizes are known to be real, these not
-        expected = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        name, shape = sorted(found.items() ^ expected.items())[0]
-        raise ArtifactError(f"{origin}: tensor {name} {shape} does not belong to its model")
-    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
-    model.load_state_dict(tensors)
-    return model.to(rt.device), cfg, header
+    blob = rt.read_bytes(path)
+    with rt.together():
+        header, payload = read_header(blob)
+        cfg = cfg.with_model(model_settings(header, str(path)), str(path))
+        with torch.device("meta"):  # shapes alone
+            expected = {name: tuple(p.shape) for name, p in GPT(cfg).named_parameters()}
+        found = {name: tuple(shape) for name, (_, shape, _) in tensor_layouts(header).items()}
+        if found != expected:
+            name, shape = sorted(found.items() ^ expected.items())[0]
+            raise ArtifactError(f"{path}: tensor {name} {shape} does not belong to its model")
+        return Stored(header, read_tensors(header, payload), cfg)
 
 
 def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -3649,15 +3589,184 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
         return {name: parse_value(ours[name], str(value)) for name, value in settings.items()}
     except (TypeError, KeyError, ValueError) as error:
         raise ArtifactError(
-            f"{origin}: its header describes no model of this program ({error}); use the program "
-            "that wrote it"
+            f"{origin}: its header does not describe a model of this program ({error}); use the "
+            "program that wrote it"
         ) from error
+
+
+FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends within this fraction of the limit
+TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer scales gain
+PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
+
+
+def expected_bytes(cfg: Config) -> tuple[int, int]:
+    """What an artifact needs at least, and what it takes if weights are Gaussian, uncompressed.
+
+    A Gaussian row rounded to steps of s standard deviations has codes of log2(sqrt(2 pi e) / s)
+    bits. At least: scales and floats, while codes can be made as coarse as need be.
+    """
+    with torch.device("meta"):
+        model = GPT(cfg)
+    least, codes = 0, 0.0
+    for name, parameter in model.named_parameters():
+        store = model.rows[name].store
+        if isinstance(store, AsFloats):
+            least += np.dtype(FLOAT_TYPES[store.dtype]).itemsize * parameter.numel()
+            continue
+        least += 2 * len(parameter)
+        bits = float(store.bits)
+        if not store.percentiles:
+            bits = math.log2(math.sqrt(2 * math.pi * math.e) * store.top / store.clip_sigmas)
+        codes += parameter.numel() * min(max(bits, 0.0), store.bits) / 8
+    return least, least + int(codes)
+
+
+def announce_size(cfg: Config, rt: Runtime) -> None:
+    """Before training: what the code leaves for the artifact, and what that is likely to need.
+
+    Raises: ConfigError if no rounding could fit the model beside the code.
+    """
+    left, (least, expected) = cfg.artifact_limit_bytes - code_bytes(), expected_bytes(cfg)
+    if least > left:
+        raise ConfigError(
+            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the code's {code_bytes()} bytes "
+            f"leave {left}, and scales and vectors of this model alone need {least}; make the "
+            "model smaller"
+        )
+    note = "; codes will be coarser than set" if expected > left else ""
+    rt.log.line(f"artifact: {left} bytes left beside the code, about {expected} expected{note}")
+
+
+class Fit:
+    """Quantizes and packs a model again and again until code and artifact fit the limit."""
+
+    def __init__(self, model: GPT, hessians: Mapping[str, Tensor], header: Mapping, rt: Runtime):
+        self.model, self.hessians, self.header, self.rt = model, hessians, header, rt
+        self.cfg = model.cfg
+        self.limit = self.cfg.artifact_limit_bytes - code_bytes()
+
+    def quantized(self, coarser: float) -> dict[str, Codes | Floats]:
+        with self.rt.budget.phase("quantization"):
+            return quantize_model(self.model, self.hessians, self.rt, coarser)
+
+    def packed(self, tensors: Mapping[str, Codes | Floats]) -> bytes:
+        with self.rt.budget.phase("compression"):
+            return pack(tensors, self.header, self.cfg.compressor)
+
+    def by_ranges(self) -> tuple[bytes, dict[str, Codes | Floats]]:
+        """The artifact with the tightest ranges that fit, and its tensors; else the last one tried.
+
+        Ranges wider by 2^e lower the entropy of a code by about e bits: that, and once one artifact
+        was too large and one not, the line through both, tells which e to try next.
+        """
+        cfg, exponent = self.cfg, 0.0
+        tightest = TIGHTEST_SIGMAS / min(cfg.matrix_clip_sigmas, cfg.embed_clip_sigmas)
+        floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
+        slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
+        for _ in range(FIT_ATTEMPTS):
+            tensors = self.quantized(2**exponent)
+            blob = self.packed(tensors)
+            excess, ranges = len(blob) - self.limit, f"ranges x {2**exponent:.4f}"
+            self.rt.log.line(f"artifact: {len(blob)} bytes with {ranges}, limit {self.limit}")
+            if excess <= 0:
+                best, fits = (blob, tensors), (exponent, excess)
+                if exponent <= floor or -excess <= slack:
+                    break
+            else:
+                over = exponent, excess
+            codes = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Codes))
+            aim = excess + slack / 2  # the middle of what is allowed
+            if fits and over:
+                (right, below), (left, above) = fits, over
+                exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
+            else:
+                exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
+        return best or (blob, tensors)
+
+    def by_pruning(self) -> tuple[bytes, dict[str, Codes | Floats]]:
+        """The artifact with codes of +-1 made 0 until it fits, and its tensors; else the last one.
+
+        As many codes as the bytes that the last ones saved call for (system #1487 takes eight for
+        each byte too many, which overshoots).
+        """
+        tensors, pruned, last, saving = self.quantized(1.0), 0, 0, PRUNED_CODE_BYTES
+        for _ in range(FIT_ATTEMPTS):
+            blob = self.packed(tensors)
+            excess = len(blob) - self.limit
+            if excess <= 0:
+                break
+            saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
+            wanted, last = int(excess / saving) + 8, len(blob)
+            pruned = prune_ones(tensors, self.cfg.matrix_bits, wanted)
+            self.rt.log.line(f"artifact: {excess} bytes too many; pruned {pruned} codes of +-1")
+        return blob, tensors
+
+
+def fit_artifact(
+    model: GPT, hessians: Mapping[str, Tensor], header: Mapping[str, Any], rt: Runtime
+) -> bytes:
+    """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
+
+    FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
+    TIGHTEST_SIGMAS; no more than FIT_SLACK of the limit stays unused. wider: the same, but no range
+    gets tighter than it is set. prune: ranges as they are set; codes of +-1 become 0 if need be.
+    Raises: ArtifactError if it cannot be made to fit.
+    """
+    fit = Fit(model, hessians, header, rt)
+    blob, tensors = fit.by_pruning() if model.cfg.fit_rule == "prune" else fit.by_ranges()
+    if len(blob) > fit.limit:
+        raise ArtifactError(
+            f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
+            f"{fit.limit:,}; lower MATRIX_BITS or the size of the model"
+        )
+    log_storage(tensors, rt)
+    return blob
+
+
+def log_storage(tensors: Mapping[str, Codes | Floats], rt: Runtime) -> None:
+    """Say which tensors are stored how, and put what they take before compression in the JSON."""
+    groups: dict[tuple[str, str], list] = collections.defaultdict(list)
+    for name, stored in tensors.items():
+        groups[stored.kind, re.sub(r"blocks\.\d+\.", "blocks.*.", name)].append(stored)
+    rt.log.line("Quantized weights:")
+    for kind, same in itertools.groupby(sorted(groups), key=lambda group: group[0]):
+        names = [name for _, name in same]
+        count = sum(len(groups[kind, name]) for name in names)
+        rt.log.line(f"  {kind}: {count} tensors: {', '.join(names)}")
+    facts = [
+        dict(
+            group=name,
+            kind=kind,
+            tensors=len(stored),
+            parameters=sum(math.prod(t.shape) for t in stored),
+            entropy_bytes=round(sum(t.entropy_bits() for t in stored) / 8),
+        )
+        for (kind, name), stored in groups.items()
+    ]
+    rt.log.put(storage=facts)
+
+
+def write_artifact(
+    model: GPT, hessians: Mapping[str, Tensor], header: Mapping[str, Any], rt: Runtime
+) -> None:
+    """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
+    cfg = model.cfg
+    if cfg.save_checkpoint:
+        weights = {name: Floats(p.detach()) for name, p in model.named_parameters()}
+        atomic_write(rt.folder.path("ckpt"), pack(weights, header, "none"))
+    blob = fit_artifact(model, hessians, header, rt)
+    atomic_write(rt.folder.path("bin"), blob)
+    label = f"quantized+{cfg.compressor}: "
+    rt.log.line(f"Serialized model {label}{len(blob)} bytes")
+    rt.log.line(f"Code size: {code_bytes()} bytes")
+    rt.log.line(f"Total submission size {label}{len(blob) + code_bytes()} bytes")
 
 
 # ---------------------------------------------------------------------------------------------
 # 11  Evaluation
-# A window is (start, first_scored, stop). Windows of one evaluation score every target exactly
-# once, in order. Test-time training may use a target only after the window that scores it.
+# A protocol says what is scored together and in which order, a learner by which weights. Each
+# target is scored exactly once, in the declared order, and read by a learner only after that: the
+# ledger sees to it. A window is (start, first_scored, stop).
 # ---------------------------------------------------------------------------------------------
 
 
@@ -3707,36 +3816,105 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-class Ledger:
-    """What was scored when, and which text each optimizer step read.
+class Turn(NamedTuple):
+    """What is scored before a learner may move the weights, and what it may learn from then.
 
-    Adaptation gets its text from here alone, and `text` hands out what is scored.
-
-    Attributes: nats, (total,) float32 losses by target; times, (total,) how often each was scored;
-    scored, how many are; updates, (first, stop, scored so far) of the text of each optimizer step;
-    plain_from, the target from which on windows stand side by side to save time, or None; seconds,
-    what all this bookkeeping took.
+    windows: consecutive ones; learns: (first, stop) of targets, or None; number: of the turn.
     """
 
-    def __init__(self, tokens: np.ndarray):
+    windows: list[Window]
+    learns: tuple[int, int] | None
+    number: int
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The targets that are scored, in order."""
+        return np.arange(self.windows[0].first_scored, self.windows[-1].stop)
+
+
+FORWARDS_PER_CHUNK = 8  # or a multiple: equal work for so many ranks
+
+
+class WindowProtocol:
+    """The protocol `windows`: the whole text from left to right, a turn for each chunk of targets.
+
+    Args:
+        stride: targets per window; EVAL_SEQ_LEN: windows side by side.
+        chunk: targets between two turns of learning; 0: nothing is learned.
+    Attributes: rows, windows in a forward that score their last `stride` targets; whole_rows, of
+    those that score all they read; plain_from, the target from which on windows stand side by side
+    to save time, or None.
+    """
+
+    def __init__(self, total: int, cfg: Config, stride: int, chunk: int = 0):
+        self.total, self.length, self.stride = total, cfg.eval_seq_len, stride
+        self.whole_rows = most = cfg.micro_batch_tokens // self.length
+        self.learns, self.chunk = bool(chunk), chunk or 2 * FORWARDS_PER_CHUNK * most * stride
+        per_chunk = -(-self.chunk // stride)
+        forwards = FORWARDS_PER_CHUNK * -(-per_chunk // (FORWARDS_PER_CHUNK * most))
+        self.rows, self.turns = -(-per_chunk // forwards), -(-total // self.chunk)
+        self.scored, self.plain_from = 0, None
+
+    def declared(self) -> str:
+        """SHA-256 of the order of all targets, before any of them is scored."""
+        return hashlib.sha256(np.arange(self.total, dtype="<u4").tobytes()).hexdigest()
+
+    def __iter__(self) -> Iterator[Turn]:
+        for number in range(self.turns):
+            first, stop = number * self.chunk, (number + 1) * self.chunk
+            windows = list(sliding_windows(self.total, self.length, self.stride, self.scored, stop))
+            if windows:  # else the window before reached the end
+                self.scored = windows[-1].stop
+            last = number == self.turns - 1
+            yield Turn(windows, (first, stop) if self.learns and not last else None, number)
+
+    def windows_left(self, stride: int) -> int:
+        """Windows that score what is left."""
+        return -(-(self.total - self.scored) // stride)
+
+    def keep_pace(self, pace: Pace) -> None:
+        """Put windows side by side from here on, if another turn like the last would be too much.
+
+        That is so if the rest could not be scored in windows side by side after it.
+        """
+        turn = self.windows_left(self.stride) - self.windows_left(self.length)
+        turn = min(turn, -(-self.chunk // self.stride))
+        if self.stride < self.length and pace.late(
+            score=turn + self.windows_left(self.length), learn=self.learns
+        ):
+            self.stride, self.plain_from = self.length, self.scored
+
+
+class Ledger:
+    """What was scored when, and which text each optimizer step read: a bitmap of targets.
+
+    A learner gets its text from here alone, and `text` hands out what is scored.
+
+    Args:
+        declared: digest of the order in which targets will be scored, see `WindowProtocol`.
+    Attributes: nats, (total,) float32 losses by target; times, (total,) how often each was scored;
+    scored, how many are; updates, (first, stop, scored so far) of the text of each optimizer step;
+    seconds, what all this bookkeeping took.
+    """
+
+    def __init__(self, tokens: np.ndarray, declared: str):
         total = len(tokens) - 1
         self.tokens, self.nats, self.times = tokens, torch.zeros(total), np.zeros(total, np.uint8)
         self.scored, self.updates, self.order = 0, [], hashlib.sha256()
-        self.plain_from, self.seconds = None, 0.0
+        self.declared, self.seconds = declared, 0.0
 
-    def record(self, first: int, nats: Tensor) -> None:
-        """Enter the losses of targets first, first + 1, ...
+    def record(self, targets: np.ndarray, nats: Tensor) -> None:
+        """Enter the losses of these targets, (n,) each, in the order of scoring.
 
-        Raises: LedgerError unless `first` is the next target in order.
+        Raises: LedgerError if there is no such target, or if one is scored already.
         """
-        host = nats.cpu()
-        begin, stop = time.perf_counter(), first + len(host)
-        if first != self.scored or stop > len(self.nats):
-            raise LedgerError("C4", f"target {first} scored, expected target {self.scored}")
-        self.nats[first:stop] = host
-        self.times[first:stop] += 1
-        self.order.update(np.arange(first, stop, dtype="<u4").tobytes())
-        self.scored = stop
+        host, begin = nats.cpu(), time.perf_counter()
+        if targets.min() < 0 or targets.max() >= len(self.nats) or self.times[targets].any():
+            raise LedgerError("C4", f"targets {targets.min()} to {targets.max()} are scored twice")
+        self.nats[torch.from_numpy(targets)] = host
+        self.times[targets] += 1
+        self.order.update(targets.astype("<u4").tobytes())
+        self.scored += len(targets)
         self.seconds += time.perf_counter() - begin
 
     def text(self, first: int, stop: int) -> np.ndarray:
@@ -3744,26 +3922,32 @@ class Ledger:
 
         Raises: LedgerError if one of them is not scored yet.
         """
-        if not 0 <= first < stop <= self.scored:
-            raise LedgerError("C3", f"target {stop - 1} used, but only {self.scored} are scored")
+        inside = 0 <= first < stop <= len(self.nats)
+        if not inside or not self.times[first:stop].all():
+            raise LedgerError("C3", f"targets {first} to {stop - 1} used, not all are scored yet")
         self.updates.append((first, stop, self.scored))
         return self.tokens[first : stop + 1]
 
     def score(self, target_bytes: np.ndarray) -> Score:
-        """The sums over all targets, in one fixed order for any number of ranks."""
-        if self.scored != len(self.nats) or (self.times != 1).any():
+        """The sums over all targets, in one fixed order for any number of ranks.
+
+        Raises: LedgerError unless each was scored once, in the declared order.
+        """
+        if (self.times != 1).any():
             raise LedgerError("C4", f"{self.scored} of {len(self.nats)} targets are scored once")
+        if self.order.hexdigest() != self.declared:
+            raise LedgerError("C4", "targets were scored in another order than declared")
         nats = float(self.nats.double().sum())
         return Score(nats, self.scored, int(target_bytes.sum(dtype=np.int64)))
 
-    def digests(self) -> dict[str, str]:
+    def digests(self, plain_from: int | None = None) -> dict[str, str]:
         """SHA-256 of the order of scoring, of the whole ledger but the losses, and of the losses.
 
         Without adaptation all three are the same for any number of ranks, with it the first two;
         gradients that other ranks add up differ in their rounding.
         """
         begin, order = time.perf_counter(), self.order.hexdigest()
-        entries = json.dumps([len(self.nats), order, self.updates, self.plain_from]).encode()
+        entries = json.dumps([len(self.nats), order, self.updates, plain_from]).encode()
         found = dict(
             order_sha256=order,
             ledger_sha256=hashlib.sha256(entries + self.times.tobytes()).hexdigest(),
@@ -3773,145 +3957,37 @@ class Ledger:
         return found
 
 
-@torch.no_grad()
-def score_windows(
-    forward: Callable,
-    text: np.ndarray,
-    windows: Sequence[Window],
-    rows: int,
-    cfg: Config,
-    rt: Runtime,
-) -> Tensor:
-    """Losses of all targets that consecutive windows score, (n,) float32, the same on every rank.
+class Static:
+    """The learner that does not learn: the model scores as it is."""
 
-    Args:
-        text: (total + 1,) tokens.
-        rows: sliding windows per forward (those that score all they read: as many as fit); the last
-            forward is filled up, so that all shapes are equal.
-    Windows are cut into forwards the same way for any number of ranks, which share the forwards: so
-    the losses are the same to the bit. Only the final sum is a collective.
-    """
-    length, origin = cfg.eval_seq_len, windows[0].first_scored
-    nats = torch.zeros(windows[-1].stop - origin, device=rt.device)
-    for whole, same in itertools.groupby(windows, key=lambda w: w.first_scored == w.start):
-        same = list(same)
-        tail = same[0].start + length - same[0].first_scored
-        size = cfg.micro_batch_tokens // length if whole else rows
-        batches = [same[i : i + size] for i in range(0, len(same), size)]
-        for batch in batches[rt.share(len(batches))]:
-            starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
-            places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
-            ids = rt.to_device(text[places])
-            losses = forward(*inputs_and_targets(ids), reduction="none", tail=tail)
-            first, stop = batch[0].first_scored - origin, batch[-1].stop - origin
-            nats[first:stop] = losses.flatten()[: stop - first]
-    rt.sum_(nats)
-    return nats
+    def __init__(self, model: GPT, plan: DepthPlan):
+        self.model, self.plan = model, plan
+
+    def score(self, windows: Tensor, tail: int) -> Tensor:
+        """Losses (rows, tail) of the last targets of windows (rows, T + 1), in nats."""
+        options = dict(plan=self.plan, reduction="none", tail=tail)
+        return self.model(*inputs_and_targets(windows), **options)
+
+    def learn(
+        self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace, protocol: WindowProtocol
+    ) -> None:
+        """Called once the targets of turn.learns are scored; may change the model.
+
+        draw() is their text (n + 1,), for one optimizer step.
+        """
 
 
-FORWARDS_PER_CHUNK = 8  # or a multiple: equal work for so many ranks
+class GlobalTTT(Static):
+    """Test-time training (TTT) of systems #1493 and #578: SGD or AdamW on all scored text.
 
-
-def evaluate(
-    forward: Callable,
-    val: ValidationTokens,
-    cfg: Config,
-    rt: Runtime,
-    *,
-    stride: int,
-    show: Callable[..., None],
-    after_chunk: Callable[[Callable[[], np.ndarray], int, int], None] | None = None,
-    deadline: float = math.inf,
-) -> tuple[Score, Ledger]:
-    """Score the validation text from left to right.
-
-    Args:
-        forward: the model, its depth plan bound.
-        stride: targets per window; EVAL_SEQ_LEN for the plain evaluation.
-        show: progress, called with the part done.
-        after_chunk: called with (draw, number of the chunk, number of chunks) once all targets of
-            the chunk are scored; it may change the model. draw() is the text (n + 1,) of the chunk
-            for one optimizer step. Not called after the last chunk.
-        deadline: seconds of the evaluation budget at which all must be scored: if need be the rest
-            is scored in windows side by side.
-    """
-    total, length = len(val.target_bytes), cfg.eval_seq_len
-    most = cfg.micro_batch_tokens // length
-    chunk = cfg.ttt_chunk_tokens if after_chunk else 2 * FORWARDS_PER_CHUNK * most * stride
-    chunks, per_chunk = -(-total // chunk), -(-chunk // stride)
-    forwards = FORWARDS_PER_CHUNK * -(-per_chunk // (FORWARDS_PER_CHUNK * most))
-    ledger, pace = Ledger(val.tokens), Pace(deadline, rt)
-    for number in range(chunks):
-        stop = (number + 1) * chunk
-        group = list(sliding_windows(total, length, stride, ledger.scored, stop))
-        pace.begin()
-        if group:  # none if the window before reached the end
-            nats = score_windows(forward, val.tokens, group, -(-per_chunk // forwards), cfg, rt)
-            ledger.record(group[0].first_scored, nats)
-        pace.scored(len(group))
-        show(ledger.scored / total)
-        if after_chunk and number < chunks - 1:
-            draw = functools.partial(ledger.text, number * chunk, stop)
-            after_chunk(draw, number, chunks)
-        if stride < length and pace.late(-(-(total - ledger.scored) // length)):
-            stride, ledger.plain_from = length, ledger.scored
-    return ledger.score(val.target_bytes), ledger
-
-
-class Pace:
-    """Tells when scoring has to hurry to meet a deadline, in seconds of the evaluation budget."""
-
-    def __init__(self, deadline: float, rt: Runtime):
-        self.deadline, self.rt, self.begun = deadline, rt, []
-        self.per_window = []  # seconds, one entry per chunk
-
-    def begin(self) -> None:
-        self.begun.append(time.perf_counter())
-
-    def scored(self, windows: int) -> None:
-        self.per_window.append((time.perf_counter() - self.begun[-1]) / max(windows, 1))
-
-    def late(self, windows_left: int) -> bool:
-        """Whether one more chunk like the last would take the time of so many windows after it."""
-        if len(self.begun) < 3 or math.isinf(self.deadline):
-            return False  # the first chunk includes compilation, it tells nothing
-        chunk = float(np.median(np.diff(self.begun)[1:]))
-        needed = chunk + float(np.median(self.per_window[1:])) * windows_left
-        (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
-        return ends > self.deadline
-
-
-def adapt(
-    forward: Callable,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    draw: Callable[[], np.ndarray],
-    cfg: Config,
-    rt: Runtime,
-) -> None:
-    """TTT_EPOCHS steps on scored text, each on all its whole sequences; changes the model.
-
-    draw() gives the text (n + 1,) of one step. The ranks share the sequences; a rank without any
-    still takes part in the sum.
-    """
-    length = cfg.eval_seq_len
-    for _ in range(cfg.ttt_epochs):
-        text = draw()
-        starts = np.arange((len(text) - 1) // length)[:, None] * length
-        text_gradients(forward, text[starts + np.arange(length + 1)], cfg, rt)
-        apply_gradients(model, [optimizer], cfg.ttt_grad_clip, rt)
-
-
-class TestTimeTraining:
-    """`after_chunk` of systems #1493 and #578: SGD or AdamW on scored text, cosine over the chunks.
-
-    Adapts as long as adapting and scoring the rest fit in EVAL_WALLCLOCK_SECONDS, and for the first
-    TTT_TRAIN_CHUNKS chunks; then it only watches. With TTT_EMA_DECAY an average of the trained
-    weights scores. `forward` is the model, its depth plan bound.
+    Cosine over the chunks. Adapts as long as adapting and scoring the rest fit in the time, and for
+    the first TTT_TRAIN_CHUNKS chunks; then it only watches. With TTT_EMA_DECAY an average of the
+    trained weights scores. Source: Sun et al. 2020, arXiv:1909.13231, here score-first.
     """
 
-    def __init__(self, forward: Callable, model: GPT, cfg: Config, rt: Runtime, log: Log):
-        self.forward, self.model, self.cfg, self.rt, self.log = forward, model, cfg, rt, log
+    def __init__(self, model: GPT, plan: DepthPlan, cfg: Config, rt: Runtime):
+        super().__init__(model, plan)
+        self.cfg, self.rt = cfg, rt
         freeze(model, cfg.ttt_freeze_blocks, embeddings=cfg.ttt_freeze_embeddings)
         params = [p for p in model.parameters() if p.requires_grad]
         sgd = functools.partial(torch.optim.SGD, momentum=cfg.ttt_momentum)
@@ -3920,71 +3996,167 @@ class TestTimeTraining:
         # Decay 0 keeps a plain copy: the weights that train, while their average scores.
         decays = (cfg.ttt_ema_decay, 0.0) if cfg.ttt_ema_decay else ()
         self.copies = [Ema(model, decay) for decay in decays]
-        self.adapted, self.stopped, self.since = 0, False, time.perf_counter()
-        self.scoring, self.adapting = [], []  # seconds of each chunk
+        self.adapted, self.stopped = 0, False
 
-    def __call__(self, draw: Callable[[], np.ndarray], number: int, chunks: int) -> None:
-        self.scoring.append(time.perf_counter() - self.since)
-        adapting = self.cfg.ttt_train_chunks or chunks
-        self.stopped = self.stopped or self.out_of_time(chunks - number - 1)
-        if number < adapting and not self.stopped:
-            swing = 0.5 * (1 + math.cos(math.pi * number / max(adapting - 1, 1)))
+    def learn(
+        self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace, protocol: WindowProtocol
+    ) -> None:
+        chunks = self.cfg.ttt_train_chunks or protocol.turns
+        left = protocol.windows_left(protocol.stride)
+        if not self.stopped and pace.late(learn=1, score=left):
+            self.stopped = True
+            self.rt.log.line(
+                f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
+                f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
+            )
+        if turn.number < chunks and not self.stopped:
+            swing = 0.5 * (1 + math.cos(math.pi * turn.number / max(chunks - 1, 1)))
             self.optimizer.param_groups[0]["lr"] = self.cfg.ttt_lr * swing
-            begin = time.perf_counter()
-            self.train(draw)
-            self.rt.synchronize()
+            with pace.piece("learn"):
+                self.adapt(draw)
+                self.rt.synchronize()
             self.adapted += 1
-            self.adapting.append(time.perf_counter() - begin)
-        self.since = time.perf_counter()
 
-    def train(self, draw: Callable[[], np.ndarray]) -> None:
-        """Adapt the trained weights, and leave those that score in the model."""
+    def adapt(self, draw: Callable[[], np.ndarray]) -> None:
+        """TTT_EPOCHS steps on the whole sequences of the text; leaves the weights that score."""
+        cfg, options = self.cfg, dict(plan=self.plan, clip_norm=self.cfg.ttt_grad_clip)
         if self.copies:
             self.copies[1].store()
-        adapt(self.forward, self.model, self.optimizer, draw, self.cfg, self.rt)
+        for _ in range(cfg.ttt_epochs):
+            rows = whole_rows(draw(), cfg.eval_seq_len)
+            text_step(self.model, rows, self.optimizer, cfg, self.rt, **options)
         for copied in self.copies:
             copied.update()
         if self.copies:
             self.copies[0].store()
 
-    def out_of_time(self, chunks_left: int) -> bool:
-        """Whether one more adaptation would take the time that scoring the rest needs."""
-        if len(self.adapting) < 2 or not self.cfg.eval_wallclock_seconds:
-            return False  # the first chunks include compilation, they tell nothing
-        needed = float(np.median(self.scoring[1:])) * chunks_left
-        needed += float(np.median(self.adapting[1:]))
-        (ends,) = self.rt.agree_max(self.rt.budget.total(Budget.EVALUATION) + needed)
-        late = ends > self.cfg.eval_wallclock_seconds
-        if late:
-            self.log.line(
-                f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
-                f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
-            )
-        return late
+
+@torch.no_grad()
+def score_turn(
+    learner: Static, turn: Turn, text: np.ndarray, protocol: WindowProtocol, rt: Runtime
+) -> Tensor:
+    """Losses of all targets of a turn, (n,) float32, the same on every rank.
+
+    Windows are cut into forwards the same way for any number of ranks, which share the forwards: so
+    the losses are the same to the bit. The last forward is filled up, so that all shapes are equal.
+    Only the final sum is a collective.
+    """
+    windows, length = turn.windows, protocol.length
+    origin = windows[0].first_scored
+    nats = torch.zeros(windows[-1].stop - origin, device=rt.device)
+    for whole, same in itertools.groupby(windows, key=lambda w: w.first_scored == w.start):
+        same = list(same)
+        tail = same[0].start + length - same[0].first_scored
+        size = protocol.whole_rows if whole else protocol.rows
+        batches = [same[i : i + size] for i in range(0, len(same), size)]
+        for batch in batches[rt.share(len(batches))]:
+            starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
+            places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
+            losses = learner.score(rt.to_device(text[places]), tail)
+            first, stop = batch[0].first_scored - origin, batch[-1].stop - origin
+            nats[first:stop] = losses.flatten()[: stop - first]
+    rt.sum_(nats)
+    return nats
 
 
-def score_text(
-    forward: Callable,
-    plan: DepthPlan,
+def evaluate(
+    learner: Static,
+    protocol: WindowProtocol,
     val: ValidationTokens,
-    cfg: Config,
     rt: Runtime,
+    *,
     show: Callable[..., None],
-    **options: Any,
+    deadline: float = math.inf,
 ) -> tuple[Score, Ledger]:
-    """Every target once, in windows side by side unless `options` of `evaluate` say otherwise."""
-    options = dict(stride=cfg.eval_seq_len) | options
-    return evaluate(functools.partial(forward, plan=plan), val, cfg, rt, show=show, **options)
+    """Score the validation text: the protocol says in which order, the learner by which weights.
+
+    Args:
+        show: progress, called with the fraction done.
+        deadline: seconds of the evaluation budget at which all must be scored; to keep it, learner
+            and protocol give up what they can.
+    """
+    ledger = Ledger(val.tokens, protocol.declared())
+    pace = Pace(rt, Budget.EVALUATION, deadline)
+    for turn in protocol:
+        with pace.piece("score", len(turn.windows)):
+            if turn.windows:
+                ledger.record(turn.targets, score_turn(learner, turn, val.tokens, protocol, rt))
+        show(ledger.scored / len(ledger.nats))
+        if turn.learns:
+            draw = functools.partial(ledger.text, *turn.learns)
+            learner.learn(turn, draw, pace, protocol)
+        protocol.keep_pace(pace)
+    return ledger.score(val.target_bytes), ledger
+
+
+def score_stage(
+    name: str,
+    learner: Static,
+    protocol: WindowProtocol,
+    val: ValidationTokens,
+    rt: Runtime,
+    *,
+    phase: str = "",
+    deadline: float = math.inf,
+) -> Score:
+    """Time an evaluation and report it: the line users look for, and facts in the JSON.
+
+    phase: of the budget; empty: of the same name.
+    """
+    log, phase = rt.log, phase or name
+    before = rt.budget.total(phase)
+    with rt.budget.phase(phase):
+        options = dict(show=log.progress(name), deadline=deadline)
+        result, ledger = evaluate(learner, protocol, val, rt, **options)
+    seconds, plain_from = rt.budget.total(phase) - before, protocol.plain_from
+    score = f"val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f}"
+    log.line(f"{name} {score} eval_time:{seconds * 1e3:.0f}ms")
+    facts = dict(val_loss=result.loss, val_bpb=result.bpb, **dataclasses.asdict(result))
+    digests = ledger.digests(plain_from)
+    facts |= digests | dict(updates=len(ledger.updates), plain_from=plain_from)
+    if plain_from is not None:
+        log.line(
+            f"{name} gave up EVAL_STRIDE at target {plain_from}, windows stand side by side from "
+            "there: the rest would not have fitted EVAL_WALLCLOCK_SECONDS"
+        )
+    short = " ".join(f"{key}:{digest[:16]}" for key, digest in digests.items())
+    sums = f"tokens:{result.tokens} bytes:{result.bytes} nats:{result.nats:.6f}"
+    log.line(f"{name} ledger: {sums} updates:{len(ledger.updates)} {short}")
+    spent = {**log.record.get("ledger_seconds", {}), name: ledger.seconds}
+    log.put(stages={**log.record.get("stages", {}), name: facts}, ledger_seconds=spent)
+    return result
+
+
+def score_model(
+    model: GPT, plan: DepthPlan, val: ValidationTokens, cfg: Config, rt: Runtime
+) -> Score:
+    """Score a model in every way that is set; returns the last, strongest score."""
+    total, limit = len(val.target_bytes), cfg.eval_wallclock_seconds or math.inf
+    static, protocol = Static(model, plan), functools.partial(WindowProtocol, total, cfg)
+    score = score_stage("quantized", static, protocol(cfg.eval_seq_len), val, rt)
+    if cfg.sliding_window_enabled:
+        # What comes after it must at least be able to score all in windows side by side.
+        deadline = limit - rt.budget.total("quantized") * cfg.ttt_enabled
+        name, windows = "quantized_sliding_window", protocol(cfg.eval_stride)
+        score = score_stage(name, static, windows, val, rt, deadline=deadline)
+    if cfg.ttt_enabled:
+        ttt, windows = (
+            GlobalTTT(model, plan, cfg, rt),
+            protocol(cfg.eval_stride, cfg.ttt_chunk_tokens),
+        )
+        score = score_stage("quantized_ttt", ttt, windows, val, rt, deadline=limit)
+        rt.log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
+    return score
 
 
 BASELINE_MAX_BYTES = 4_000_000  # xz and brotli need seconds per megabyte
 
 
-def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> dict[str, float]:
+def compressor_baselines(val: ValidationTokens, tokenizer: Path) -> dict[str, float]:
     """Bits per byte of general compressors on the scored text; empty if it is large."""
     if val.target_bytes.sum(dtype=np.int64) > BASELINE_MAX_BYTES:
         return {}
-    text = b"".join(decode_documents(val.tokens, tokenizer, bos))
+    text = b"".join(decode_documents(val.tokens, tokenizer))
     xz = codec("lzma")
     sizes = {"xz-9e": len(xz.compress(text, preset=9 | xz.PRESET_EXTREME))}
     with contextlib.suppress(ConfigError):  # brotli is optional
@@ -3998,35 +4170,47 @@ def compressor_baselines(val: ValidationTokens, tokenizer: Path, bos: int) -> di
 # ---------------------------------------------------------------------------------------------
 
 
-def run(cfg: Config, rt: Runtime, log: Log) -> None:
+def run(cfg: Config, rt: Runtime) -> None:
     """The whole program for one configuration."""
-    announce(cfg, rt, log)
-    origin = cfg.artifact or cfg.checkpoint
+    announce(cfg, rt)
+    origin, stored = cfg.artifact or cfg.checkpoint, None
     if origin:  # the model decides which data and tokenizer belong to it
         with rt.budget.phase("decompression" if cfg.artifact else "data"):
-            cfg = stored_config(origin, cfg, rt)
+            stored = open_stored(origin, cfg, rt)
+            cfg = stored.cfg
     with rt.together(), rt.budget.phase("data"):
         codec(cfg.compressor)
-        packed = cfg.doc_packing and not cfg.artifact
-        select_attention(cfg.attention, rt.device, rt.compute_dtype, packed=packed)
-        name, _, why = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
+        backend = choose_backend(cfg, rt, documents=cfg.doc_masking and not cfg.artifact)
         table = ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
-        check_documents(table.bos, cfg)
         shards = find_shards(cfg.dataset_dir, "val")
         val = ValidationTokens.load(shards, table, seq_len=cfg.eval_seq_len, limit=cfg.val_tokens)
         trains = not cfg.artifact
         proof = data_proof(cfg.dataset_dir, cfg.tokenizer_file, trains=trains) if rt.is_main else {}
-    log.line(f"kernels:{name} ({why})")
-    announce_text(val, table, proof, cfg, rt, log)
-    steps = 0 if cfg.artifact else produce(table, val, cfg, rt, log)
-    path = Path(cfg.artifact) if cfg.artifact else log.path("bin")
-    score = score_artifact(path, table, val, cfg, rt, log)
-    conclude(score, path, steps, cfg, rt, log)
+    announce_text(val, table, proof, cfg, rt)
+    path, steps = Path(cfg.artifact) if cfg.artifact else rt.folder.path("bin"), 0
+    if not cfg.artifact:
+        steps = produce(stored, val, backend, cfg, rt, digest=table.digest)
+    with rt.budget.phase("decompression"):
+        if not cfg.artifact:
+            stored = open_stored(path, cfg, rt)
+        if stored.header.get("tokenizer_sha256") != table.digest:
+            raise ArtifactError(
+                f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
+                f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
+            )
+        model = stored.model(backend, rt)
+    if reasons := stored.header.get("invalid_for_records"):
+        rt.log.line(f"invalid_for_records: {'; '.join(reasons)}")
+        rt.log.put(invalid_for_records=reasons)
+    rt.log.line(f"artifact opened: {stored.plan}")
+    score = score_model(model, stored.plan, val, cfg, rt)
+    conclude(score, path, steps, cfg, rt)
 
 
-def announce(cfg: Config, rt: Runtime, log: Log) -> None:
+def announce(cfg: Config, rt: Runtime) -> None:
     """The first lines and facts: what a stranger needs to repeat the run."""
     facts, code = rt.describe(), dict(bytes=code_bytes(), sha256=file_sha256(Path(__file__)))
+    log, settings = rt.log, cfg.values()
     if "smoke" in cfg.sources.values():
         log.line(
             "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
@@ -4034,13 +4218,12 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
     for warning in cfg.warnings:
         log.line(f"warning: {warning}")
     log.line(f"code_bytes: {code['bytes']} code_sha256: {code['sha256']}")
-    log.line("runtime: " + " ".join(f"{key}={value}" for key, value in facts.items()))
+    log.line(key_values("runtime:", facts))
     log.line("Hyperparameters:")
-    settings = {s.name: getattr(cfg, s.name) for s in knobs()}
     for name in sorted(settings):
         log.line(f"  {name}: {settings[name]}")
     log.put(
-        run_id=log.run_id,
+        run_id=rt.folder.run_id,
         started=rt.budget.started.isoformat(),
         runtime=facts,
         code=code,
@@ -4049,7 +4232,7 @@ def announce(cfg: Config, rt: Runtime, log: Log) -> None:
 
 
 def announce_text(
-    val: ValidationTokens, table: ByteTable, proof: dict, cfg: Config, rt: Runtime, log: Log
+    val: ValidationTokens, table: ByteTable, proof: dict, cfg: Config, rt: Runtime
 ) -> None:
     """What is scored, and what general compressors make of it."""
     facts = dict(
@@ -4059,25 +4242,36 @@ def announce_text(
         tokenizer_sha256=table.digest,
         **proof,
     )
-    log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
+    rt.log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
     if rt.is_main and not proof["data_verified"]:
-        log.line(
+        rt.log.line(
             f"warning: {cfg.dataset_dir} has no proof of clean data; check it once with "
             f"python data/verify_dataset.py {cfg.dataset_dir} --tokenizer {cfg.tokenizer_file}"
         )
     with rt.budget.phase("baseline"):
         plain = rt.is_main and not table.has_marks  # a transformed text is not what is charged
-        baselines = compressor_baselines(val, cfg.tokenizer_file, table.bos) if plain else {}
+        baselines = compressor_baselines(val, cfg.tokenizer_file) if plain else {}
     for name, bpb in baselines.items():
-        log.line(f"baseline {name} val_bpb:{bpb:.4f}")
-    log.put(data=facts, baselines=baselines)
+        rt.log.line(f"baseline {name} val_bpb:{bpb:.4f}")
+    rt.log.put(data=facts, baselines=baselines)
 
 
 TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
 
 
-def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log) -> int:
-    """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained."""
+def produce(
+    stored: Stored | None,
+    val: ValidationTokens,
+    backend: Backend,
+    cfg: Config,
+    rt: Runtime,
+    *,
+    digest: str,
+) -> int:
+    """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained.
+
+    digest: of the tokenizer.
+    """
     with rt.together(), rt.budget.phase("data"):
         loader = Loader(
             find_shards(cfg.dataset_dir, "train"),
@@ -4086,204 +4280,72 @@ def produce(table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, l
             seed=cfg.seed,
             order=cfg.loader,
         )
-    announce_size(cfg, log)
-    log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
-    if cfg.checkpoint:
-        blob = read_file(cfg.checkpoint, rt)
-        with rt.together():
-            model, cfg, header = load_model(blob, cfg, rt, cfg.checkpoint)
-        forward = rt.compile(model)
-        trained = Trained(0, header["looped"], tuple(header.get("invalid_for_records", ())))
+    announce_size(cfg, rt)
+    rt.log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
+    if stored is not None:
+        reasons = tuple(stored.header.get("invalid_for_records", ()))
+        model, trained = stored.model(backend, rt), Trained(0, stored.header["looped"], reasons)
     else:
-        model, forward, trained = train_model(loader, val, cfg, rt, log)
-    plan = depth_plan(cfg, looped=trained.looped)
-    plain = functools.partial(score_text, forward, plan, val, cfg, rt)
-    stage("pre-quantization post-ema", "diagnostic", rt, log, plain)
+        model, trained = train_model(loader, val, backend, cfg, rt)
+    plan, total = depth_plan(cfg, looped=trained.looped), len(val.target_bytes)
+
+    def diagnose(name: str) -> None:
+        windows = WindowProtocol(total, cfg, cfg.eval_seq_len)
+        score_stage(name, Static(model, plan), windows, val, rt, phase="diagnostic")
+
+    diagnose("pre-quantization post-ema")
     if cfg.prequant_ttt_epochs:
-        with rt.budget.phase("prequant_ttt"):
-            bound = functools.partial(forward, plan=plan)
-            fine_tune_on_validation(bound, model, val, cfg, rt, log)
-        stage("post-prequant-ttt", "diagnostic", rt, log, plain)
+        with rt.budget.phase("fine-tuning"):
+            fine_tune_on_validation(model, val, cfg, rt, plan=plan)
+        diagnose("post-prequant-ttt")
         trained = trained._replace(invalid_for_records=(TRAINED_ON_VALIDATION,))
     with rt.budget.phase("calibration"):
-        first = trained.steps * (cfg.train_batch_tokens // cfg.train_seq_len)
-        hessians = collect_hessians(model, loader, first, plan, cfg, rt, log)
-    seconds = rt.budget.total(["calibration"])
-    log.line(f"GPTQ:collected {len(hessians)} Hessians in {seconds:.1f}s")
+        first = trained.steps * cfg.train_rows
+        hessians = collect_hessians(model, loader, cfg, rt, plan=plan, first=first)
+    seconds = rt.budget.total("calibration")
+    rt.log.line(f"GPTQ:collected {len(hessians)} Hessians in {seconds:.1f}s")
     with rt.together():
         if rt.is_main:
-            write_artifact(model, hessians, trained, table, cfg, rt, log)
+            facts = dict(tokenizer_sha256=digest, invalid_for_records=trained.invalid_for_records)
+            header = dict(model=cfg.model_settings(), looped=trained.looped, **facts)
+            write_artifact(model, hessians, header, rt)
     return trained.steps
 
 
 def train_model(
-    loader: Loader, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
-) -> tuple[GPT, Callable, Trained]:
-    """A model trained from scratch: (model, its forward, perhaps compiled, and its training)."""
-    attention = cfg.attention, rt.device, rt.compute_dtype
-    _, kernel, _ = select_attention(*attention, packed=cfg.doc_packing)
-    _, kernels, _ = select_kernels(cfg.kernels, rt.device, rt.compute_dtype)
-    model = GPT(cfg, kernel, rt.compute_dtype, kernels)
+    loader: Loader, val: ValidationTokens, backend: Backend, cfg: Config, rt: Runtime
+) -> tuple[GPT, Trained]:
+    """A model trained from scratch, and what training leaves besides."""
+    model = GPT(cfg, backend)
     model.init_weights(cfg.seed)
-    forward = rt.compile(model.to(rt.device))
-    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    model = rt.compile(model.to(rt.device))
+    rt.log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
 
     def validate(plan: DepthPlan, prefix: str) -> None:
+        windows = WindowProtocol(len(val.target_bytes), cfg, cfg.eval_seq_len)
         with rt.budget.phase("diagnostic"):
-            score, _ = score_text(forward, plan, val, cfg, rt, log.progress("validation"))
-        log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+            show = rt.log.progress("validation")
+            score, _ = evaluate(Static(model, plan), windows, val, rt, show=show)
+        rt.log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
     with rt.budget.phase("warm-up"):
-        warm_up(forward, model, loader, cfg, rt, log)
+        warm_up(model, loader, cfg, rt)
         if cfg.max_wallclock_seconds and not cfg.gptq_reserve_seconds:
-            cfg = measure_reserve(model, loader, cfg, rt, log)
-    trained = train(forward, model, loader, validate, cfg, rt, log)
+            cfg = measure_reserve(model, loader, cfg, rt)
+    trained = train(model, loader, validate, cfg, rt)
     if rt.device.type == "cuda":
         used, kept = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        log.line(f"peak memory allocated: {used >> 20} MiB reserved: {kept >> 20} MiB")
-        log.put(peak_memory_bytes=used)
-    return model, forward, trained
+        rt.log.line(f"peak memory allocated: {used >> 20} MiB reserved: {kept >> 20} MiB")
+        rt.log.put(peak_memory_bytes=used)
+    return model, trained
 
 
-def write_artifact(
-    model: GPT,
-    hessians: Mapping[str, Tensor],
-    trained: Trained,
-    table: ByteTable,
-    cfg: Config,
-    rt: Runtime,
-    log: Log,
-) -> None:
-    """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
-    header = dict(
-        model=cfg.model_settings(),
-        looped=trained.looped,
-        tokenizer_sha256=table.digest,
-        invalid_for_records=trained.invalid_for_records,
-    )
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if cfg.save_checkpoint:
-        atomic_write(log.path("ckpt"), pack(weights, header, "none"))
-    blob = fit_artifact(weights, hessians, header, cfg, rt, log)
-    atomic_write(log.path("bin"), blob)
-    log.line(f"Serialized model quantized+{cfg.compressor}: {len(blob)} bytes")
-    log.line(f"Code size: {code_bytes()} bytes")
-    total = len(blob) + code_bytes()
-    log.line(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
-
-
-def read_file(path: str | Path, rt: Runtime) -> bytes:
-    """The bytes of an artifact or checkpoint that rank 0 can read, on every rank.
-
-    Raises: ArtifactError on all ranks if it cannot be read.
-    """
-    blob = b""
-    with rt.together():
-        try:
-            if rt.is_main:
-                blob = Path(path).read_bytes()
-        except OSError as error:
-            raise ArtifactError(
-                f"{path}: {error.strerror}; give the file that a run wrote"
-            ) from error
-    return rt.from_main(blob)
-
-
-def stage(
-    name: str,
-    phase: str,
-    rt: Runtime,
-    log: Log,
-    score: Callable[[Callable[..., None]], tuple[Score, Ledger]],
-) -> Score:
-    """Time an evaluation and report it: the line users look for, and facts in the JSON."""
-    before = rt.budget.total([phase])
-    with rt.budget.phase(phase):
-        result, ledger = score(log.progress(name))
-    seconds = rt.budget.total([phase]) - before
-    log.line(
-        f"{name} val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f} "
-        f"eval_time:{seconds * 1e3:.0f}ms"
-    )
-    facts = dict(val_loss=result.loss, val_bpb=result.bpb, **dataclasses.asdict(result))
-    facts |= ledger.digests() | dict(updates=len(ledger.updates), plain_from=ledger.plain_from)
-    spent = {**log.record.get("ledger_seconds", {}), name: ledger.seconds}
-    if ledger.plain_from is not None:
-        log.line(
-            f"{name} gave up EVAL_STRIDE at target {ledger.plain_from}, windows stand side by side "
-            "from there: the rest would not have fitted EVAL_WALLCLOCK_SECONDS"
-        )
-    log.line(
-        f"{name} ledger: tokens:{result.tokens} bytes:{result.bytes} nats:{result.nats:.6f} "
-        f"updates:{len(ledger.updates)} order_sha256:{facts['order_sha256'][:16]} "
-        f"ledger_sha256:{facts['ledger_sha256'][:16]} losses_sha256:{facts['losses_sha256'][:16]}"
-    )
-    log.put(stages={**log.record.get("stages", {}), name: facts}, ledger_seconds=spent)
-    return result
-
-
-def stored_config(origin: str, cfg: Config, rt: Runtime) -> Config:
-    """The configuration with the model of an artifact or checkpoint. Raises as `load_model`."""
-    blob = read_file(origin, rt)
-    with rt.together():
-        return cfg.with_model(model_settings(unpack(blob)[0], origin), origin)
-
-
-def open_artifact(
-    path: Path, table: ByteTable, cfg: Config, rt: Runtime
-) -> tuple[GPT, Config, dict[str, Any]]:
-    """The model of an artifact on disk: (model, its configuration, header).
-
-    Raises: ArtifactError if it is none, or belongs to another tokenizer.
-    """
-    with rt.budget.phase("decompression"):
-        blob = read_file(path, rt)
-    with rt.together(), rt.budget.phase("decompression"):
-        model, cfg, header = load_model(blob, cfg, rt, str(path))
-        if header.get("tokenizer_sha256") != table.digest:
-            raise ArtifactError(
-                f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
-                f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
-            )
-    return model, cfg, header
-
-
-def score_artifact(
-    path: Path, table: ByteTable, val: ValidationTokens, cfg: Config, rt: Runtime, log: Log
-) -> Score:
-    """Read the artifact back from disk and score it; returns the last, strongest score."""
-    model, cfg, header = open_artifact(path, table, cfg, rt)
-    if reasons := header.get("invalid_for_records"):
-        log.line(f"invalid_for_records: {'; '.join(reasons)}")
-        log.put(invalid_for_records=reasons)
-    forward, plan = rt.compile(model), depth_plan(cfg, looped=header["looped"])
-    name, _, why = select_attention(cfg.attention, rt.device, rt.compute_dtype)
-    log.line(f"attention:{name} ({why}) encoder:{plan.encoder} decoder:{plan.decoder}")
-    limit = cfg.eval_wallclock_seconds or math.inf
-
-    def scored(label: str, **options: Any) -> Score:
-        score = functools.partial(score_text, forward, plan, val, cfg, rt, **options)
-        return stage(label, label, rt, log, score)
-
-    score = scored("quantized")
-    if cfg.sliding_window_enabled:
-        # What comes after it must at least be able to score all in windows side by side.
-        later = rt.budget.total(["quantized"]) * cfg.ttt_enabled
-        deadline = limit - later
-        score = scored("quantized_sliding_window", stride=cfg.eval_stride, deadline=deadline)
-    if cfg.ttt_enabled:
-        ttt = TestTimeTraining(functools.partial(forward, plan=plan), model, cfg, rt, log)
-        score = scored("quantized_ttt", stride=cfg.eval_stride, deadline=limit, after_chunk=ttt)
-        log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
-    return score
-
-
-def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log: Log) -> None:
+def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime) -> None:
     """The budget and the `result` line."""
-    report = rt.budget.report(cfg)
-    phases = report["phases"].items()
-    log.line("budget " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in phases))
-    for name in ("training", "evaluation"):
+    report, log = rt.budget.report(), rt.log
+    spent = {name: f"{seconds:.1f}s" for name, seconds in report["phases"].items()}
+    log.line(key_values("budget", spent))
+    for name in rt.budget.limits:
         part = report[name]
         limit = f"{part['limit']:g}s" if part["limit"] else "none"
         verdict = "within" if part["within"] else "OVER"
@@ -4304,26 +4366,26 @@ def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log
         log.put(artifact=dict(bytes=sizes["artifact_bytes"], sha256=file_sha256(path)))
     ended = datetime.datetime.now().astimezone().isoformat()
     log.put(budget=report, result=result, ended=ended)
-    log.line("result " + " ".join(f"{key}={value}" for key, value in result.items()))
+    log.line(key_values("result", result))
 
 
 def audit(cfg: Config, rt: Runtime) -> int:
     """Prove or refute that the score of ARTIFACT is legal; returns the exit status.
 
-    The proof is a file of its own, audit.py, beside this one or in records/, and calls the
-    evaluator of this one.
+    The proof is a file of its own, audit.py in records/, and calls the evaluator of this one.
     """
-    here = Path(__file__).resolve().parent
-    places = [here / "audit.py", here / "records" / "audit.py", here.parent.parent / "audit.py"]
-    place = next((place for place in places if place.exists()), None)
+    here = Path(__file__).resolve()
+    place = next(
+        (p for p in (f / "records" / "audit.py" for f in here.parents) if p.exists()), None
+    )
     if place is None:
-        raise ConfigError(f"AUDIT=1: no audit.py beside {__file__} or in records/; copy it there")
+        raise ConfigError(f"AUDIT=1: no records/audit.py at or above {here.parent}; copy it there")
     spec = importlib.util.spec_from_file_location("audit", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    name = f"{cfg.run_id or Path(cfg.artifact).stem}.audit"
-    with Log(cfg.log_dir, name, replace=True) as log:
-        return module.audit(sys.modules[__name__], cfg, rt, log)
+    rt.folder = RunFolder(cfg.log_dir, f"{cfg.run_id or Path(cfg.artifact).stem}.audit")
+    rt.log = Log(rt.folder, replace=True)
+    return module.audit(sys.modules[__name__], cfg, rt)
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -4338,19 +4400,12 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
             )
         cfg = Config.from_env(env, cuda=torch.cuda.is_available())
         with Runtime(cfg, env) as rt:
-            name = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
-            name, done = rt.from_main(name), ""
             if cfg.audit:
                 return audit(cfg, rt)
-            with rt.together():
-                done = earlier_run(cfg, name) if rt.is_main else ""
-            if done := rt.from_main(done):
-                print(f"{name}: finished before: {done}" * rt.is_main, flush=True)
+            if done := rt.open_run(cfg):
+                print(f"{rt.folder.run_id}: finished before: {done}" * rt.is_main, flush=True)
                 return 0
-            with rt.together():
-                log = Log(cfg.log_dir, name, enabled=rt.is_main)
-            with log:
-                run(cfg, rt, log)
+            run(cfg, rt)
     except UserError as error:
         rank = env.get("RANK", "0")
         if rank == "0" or not error.on_all_ranks:
