@@ -104,6 +104,12 @@ def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -
     )
 
 
+# Limits of the competition, for the program and its tools.
+TRAINING_SECONDS = 600.0
+EVALUATION_SECONDS = 600.0
+TOTAL_BYTES = 16_000_000  # of code and artifact together
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. Build it with `Config.from_env`; derived values are properties."""
@@ -180,7 +186,7 @@ class Config:
     # Training
     iterations: int = knob(20000, "steps at most", low=1)
     max_wallclock_seconds: float = knob(
-        600.0, "limit of training and calibration, 0: none [s]", low=0.0
+        TRAINING_SECONDS, "limit of training and calibration, 0: none [s]", low=0.0
     )
     gptq_reserve_seconds: float = knob(
         0.0, "part of that limit kept for calibration and quantization, 0: measured [s]", low=0.0
@@ -251,7 +257,7 @@ class Config:
     )
     compressor: str = knob("brotli", "of the artifact", choices=("brotli", "zstd", "lzma"))
     artifact_limit_bytes: int = knob(
-        16_000_000, "limit of code and artifact together [bytes]", low=1
+        TOTAL_BYTES, "limit of code and artifact together [bytes]", low=1
     )
     # Evaluation
     eval_seq_len: int = knob(2048, "length of a scoring window [tokens]", low=2)
@@ -269,7 +275,9 @@ class Config:
     ttt_grad_clip: float = knob(1.0, "largest gradient norm of test-time training", low=0.0)
     ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
     eval_wallclock_seconds: float = knob(
-        600.0, "limit from reading the artifact to the last score, 0: none [s]", low=0.0
+        EVALUATION_SECONDS,
+        "limit from reading the artifact to the last score, 0: none [s]",
+        low=0.0,
     )
     # Audit
     audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
@@ -4228,8 +4236,12 @@ def conclude(score: Score, path: Path, steps: int, cfg: Config, rt: Runtime, log
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file's bytes, in hexadecimal digits; the file may be larger than memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def earlier_run(cfg: Config, run_id: str) -> str:
