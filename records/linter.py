@@ -232,8 +232,8 @@ def check_sums(record: Record, report: Report) -> None:
                         f"{run.name}: {name} {key} is {stage[key]}, its sums give {value}"
                     )
             for key in ("tokens", "bytes"):
-                if stage[key] != run.facts["data"][f"val_{key}"]:
-                    problems.append(f"{run.name}: {name} scored only {stage[key]:,} {key}")
+                if stage[key] != (whole := run.facts["data"][f"val_{key}"]):
+                    problems.append(f"{run.name}: {name} scored {stage[key]:,} of {whole:,} {key}")
         result, last = run.result, run.last["val_bpb"]
         if result["val_bpb"] != round(last, 8):
             problems.append(f"{run.name}: the result is {result['val_bpb']}, the last stage {last}")

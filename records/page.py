@@ -235,8 +235,7 @@ def make_readme(
         "",
         *results_table(submission),
         "",
-        "Bits per byte by stage, in the order of the run; the last stage is the result. Nats per "
-        "token are those of the result.",
+        "Bits per byte by stage; the last stage is the result, also given in nats per token.",
         "",
         "## Claim",
         "",
