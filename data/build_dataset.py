@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Turn documents into a tokenizer and token shards that train_gpt.py reads.
+"""Build a tokenizer and token shards for train_gpt.py from documents.
 
     python data/build_dataset.py docs.jsonl.zst --out data/datasets/mine --vocab-size 8192
     python data/build_dataset.py a.parquet b.parquet --out DIR --model tokenizer.model
     python data/build_dataset.py docs.jsonl --out DIR --byte260
 
-Documents are read in the order given; the first --val-docs of them are validation, the rest
-training, without those that repeat a validation document in any case or white space. A document is
-BOS and its pieces, no EOS. The folder gets fineweb_{train,val}_NNNNNN.bin, the tokenizer and
-manifest.json; set DATA_PATH to it and TOKENIZER_PATH to its tokenizer. The same documents and
-options give the same bytes, with any number of workers. Files appear under their names only when
-all of them are complete.
+Documents are read in the given order. The first --val-docs documents are validation, the others
+training, except those that equal a validation document up to case and white space. A document is
+stored as BOS and its pieces, without EOS. The tool writes fineweb_{train,val}_NNNNNN.bin, the
+tokenizer and manifest.json to the folder; set DATA_PATH to the folder and TOKENIZER_PATH to the
+tokenizer. The same documents and options give the same bytes, with any number of workers. Files get
+their final names only when all of them are complete.
 """
 
 from __future__ import annotations
@@ -29,38 +29,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import caseops
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import caseops  # noqa: E402 -- beside this file
-from codec import (  # noqa: E402
-    BOS,
+from codec import (
     EOS,
+    MANIFEST_FORMAT,
     NORMALIZER,
     PAD,
     UNK,
     Codec,
     byte_tokenizer,
     cores,
-    exit_status,
     file_facts,
     fingerprint,
     map_in_order,
     normalize,
 )
+from report import exit_status
+from tqdm import tqdm
 
-from train_gpt import (  # noqa: E402
-    SHARD_HEADER_BYTES,
-    SHARD_MAGIC,
-    SHARD_VERSION,
-    DataError,
-)
+from train_gpt import BOS, SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, DataError
 
-MANIFEST_FORMAT = 1
 BATCH_BYTES, PARQUET_ROWS = 1 << 20, 128
-CHUNK_LETTERS = 1000  # SentencePiece skips training sentences above 4,192 bytes
+CHUNK_LETTERS = 1000  # SentencePiece skips training sentences longer than 4,192 bytes
 TRAINER = dict(
     NORMALIZER,
     model_type="bpe",
@@ -75,21 +67,21 @@ TRAINER = dict(
 )
 
 
-# Documents in ------------------------------------------------------------------------------------
+# Reading documents -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents in order: JSON lines or texts, and where the first stands in which file."""
+    """Consecutive documents of one file, as JSON lines or as texts."""
 
     path: Path
-    first: int
+    first: int  # number of the first line or row
     items: list[bytes | str]
-    read: int  # bytes of the file that were read for it
+    read: int  # bytes of the file that were read for this batch
 
 
 def open_lines(path: Path, raw: io.BufferedReader) -> Iterable[bytes]:
-    """The lines of a JSONL file, decompressed by its ending; DataError for an unknown one."""
+    """The lines of a JSONL file, decompressed according to its suffix; DataError if unknown."""
     if path.suffix == ".zst":
         import zstandard
 
@@ -118,14 +110,14 @@ def read_lines(path: Path) -> Iterator[Batch]:
 
 
 def read_parquet(path: Path, field: str) -> Iterator[Batch]:
-    """Batches of the texts in one column."""
+    """Batches of the texts in one column of a Parquet file."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as table:
         if field not in table.schema_arrow.names:
             raise DataError(
-                f"{path}: columns {', '.join(table.schema_arrow.names)}; expected {field}; "
-                "name the right one with --field"
+                f"{path}: found columns {', '.join(table.schema_arrow.names)}, expected {field}; "
+                "choose the column with --field"
             )
         first, row_bytes = 1, path.stat().st_size / max(table.metadata.num_rows, 1)
         for part in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
@@ -134,7 +126,7 @@ def read_parquet(path: Path, field: str) -> Iterator[Batch]:
 
 
 def read_batches(paths: Sequence[Path], field: str) -> Iterator[Batch]:
-    """All documents in order. Raises DataError for a file that cannot be read to its end."""
+    """All documents in order. Raises DataError if a file cannot be read to its end."""
     import pyarrow
     import zstandard
 
@@ -150,13 +142,13 @@ def read_batches(paths: Sequence[Path], field: str) -> Iterator[Batch]:
         try:
             yield from read_parquet(path, field) if path.suffix == ".parquet" else read_lines(path)
         except damage as error:
-            raise DataError(f"{path}: damaged or cut off ({error}); fetch it again") from error
+            raise DataError(f"{path}: damaged or truncated ({error}); download it again") from error
 
 
 def texts(batch: Batch, field: str) -> Iterator[tuple[str, str]]:
-    """The documents of a batch that hold text: (text, normalized text).
+    """(text, normalized text) of each document in a batch, without the empty ones.
 
-    Raises: DataError that names the file and the line for what is no document.
+    Raises: DataError that names file and line if an item is not a document.
     """
     for number, item in enumerate(batch.items, batch.first):
         if isinstance(item, bytes) and not item.strip():
@@ -169,7 +161,7 @@ def texts(batch: Batch, field: str) -> Iterator[tuple[str, str]]:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = item[:60] if isinstance(item, (bytes, str)) else item
             raise DataError(
-                f"{batch.path}:{number}: expected an object with a text under {field!r}, "
+                f"{batch.path}:{number}: expected an object with a string under {field!r}, "
                 f"found {shown!r} ({type(error).__name__}: {error})"
             ) from error
         if normalized := normalize(text):
@@ -180,7 +172,7 @@ def texts(batch: Batch, field: str) -> Iterator[tuple[str, str]]:
 
 
 def training_text(args: argparse.Namespace, bar: tqdm) -> Iterator[str]:
-    """Chunks of the first training documents, about --tokenizer-bytes of them."""
+    """Chunks of the first training documents, about --tokenizer-bytes in total."""
     documents = (
         text
         for batch in read_batches(args.documents, args.field)
@@ -203,16 +195,16 @@ def training_text(args: argparse.Namespace, bar: tqdm) -> Iterator[str]:
 
 
 def train_tokenizer(args: argparse.Namespace) -> bytes:
-    """A SentencePiece model with the options of the public challenge, from training documents.
+    """Train a SentencePiece model with the options of the public challenge on training documents.
 
-    Raises: DataError if the documents are too few for the vocabulary.
+    Raises: DataError if there are too few documents for the vocabulary.
     """
     model, faults = io.BytesIO(), []
 
     def sentences(bar: tqdm) -> Iterator[str]:
         try:
             yield from training_text(args, bar)
-        except DataError as error:  # the trainer would hide it in an error of its own
+        except DataError as error:  # the trainer would replace it by its own error
             faults.append(error)
             raise
 
@@ -235,18 +227,18 @@ def train_tokenizer(args: argparse.Namespace) -> bytes:
             size, found = None, str(error).rpartition("] ")[2]
     if size != args.vocab_size:
         raise DataError(
-            f"no tokenizer of --vocab-size={args.vocab_size:,} from these training documents "
-            f"(found: {found}); give more documents or ask for another --vocab-size"
+            f"--vocab-size={args.vocab_size:,}: the training documents do not give a tokenizer of "
+            f"this size (found: {found}); add documents or choose another --vocab-size"
         )
     return model.getvalue()
 
 
 def make_tokenizer(args: argparse.Namespace, folder: Path) -> tuple[Path, dict]:
-    """Write the tokenizer's file into a folder: its path, and its facts for the manifest."""
+    """Write the tokenizer to a folder; returns its path and its entry for the manifest."""
     if args.byte260:
         path, blob, facts = folder / "tokenizer.json", byte_tokenizer(), dict(kind="byte260")
     elif args.model:
-        # An unfit model is refused here already, under the name that the user gave.
+        # Reject an unsuitable model here, so that the error names the user's file.
         Codec(args.model, transform=args.transform, fuse=args.fuse_markers)
         path, blob, facts = folder / "tokenizer.model", args.model.read_bytes(), dict(kind="given")
     else:
@@ -260,23 +252,22 @@ def make_tokenizer(args: argparse.Namespace, folder: Path) -> tuple[Path, dict]:
     return path, facts
 
 
-# Documents to tokens -----------------------------------------------------------------------------
+# Encoding ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents in order: tokens one after the other (uint16), and per document tokens, bytes
-    charged, and fingerprint. skipped counts those without text."""
+    """Encoded documents, in order."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    charged: np.ndarray
-    prints: list[bytes]
-    skipped: int
-    read: int  # bytes of the source
+    tokens: np.ndarray  # uint16, of all documents, concatenated
+    lengths: np.ndarray  # tokens per document
+    charged: np.ndarray  # byte count per document
+    prints: list[bytes]  # fingerprint per document
+    skipped: int  # documents without text
+    read: int  # bytes of the source file
 
     def select(self, keep: np.ndarray) -> Encoded:
-        """The documents for which the (documents,) booleans are true."""
+        """The documents for which `keep`, (documents,) bool, is true."""
         return Encoded(
             self.tokens[np.repeat(keep, self.lengths)],
             self.lengths[keep],
@@ -288,7 +279,7 @@ class Encoded:
 
 
 def encode_batch(codec: Codec, batch: Batch, field: str) -> Encoded:
-    """Tokens, bytes and fingerprints of a batch of documents."""
+    """Encode a batch of documents."""
     parts, prints = [], []
     for text, normalized in texts(batch, field):
         parts.append(codec.encode(codec.prepare(text, normalized)))
@@ -302,7 +293,7 @@ def encode_batch(codec: Codec, batch: Batch, field: str) -> Encoded:
 
 
 class Worker:
-    """State of one worker process."""
+    """The state of a worker process."""
 
     codec: Codec
     field: str
@@ -327,11 +318,11 @@ def encode_all(args: argparse.Namespace, tokenizer: Path) -> Iterator[Encoded]:
     )
 
 
-# Shards out --------------------------------------------------------------------------------------
+# Writing shards ----------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Writes uint16 values as shards STEM_NNNNNN.bin of a fixed length, the last one shorter."""
+    """Writes uint16 values as shards STEM_NNNNNN.bin of a fixed length; the last may be shorter."""
 
     def __init__(self, folder: Path, stem: str, shard_tokens: int):
         self.folder, self.stem = folder, stem
@@ -346,7 +337,7 @@ class ShardWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is in the buffer, if anything, as the next shard."""
+        """Write the buffer as the next shard, unless it is empty."""
         if self.used:
             header = np.zeros(SHARD_HEADER_BYTES // 4, "<i4")
             header[:3] = SHARD_MAGIC, SHARD_VERSION, self.used
@@ -357,7 +348,7 @@ class ShardWriter:
 
 
 class Split:
-    """Shards and totals of validation or training; a byte sidecar if the codec has marks."""
+    """Shards and totals of one split; validation gets a byte sidecar if the codec has marks."""
 
     def __init__(self, name: str, folder: Path, codec: Codec, shard_tokens: int):
         self.documents = self.tokens = self.bytes = 0
@@ -375,7 +366,7 @@ class Split:
             self.sidecar.add(self.codec.charge(np.concatenate([[BOS], part.tokens])))
 
     def finish(self) -> dict[str, int]:
-        """Write the last shard; the totals for the manifest."""
+        """Write the last shard; returns the totals for the manifest."""
         self.writer.flush()
         if self.sidecar:
             self.sidecar.flush()
@@ -383,9 +374,9 @@ class Split:
 
 
 def write_shards(args: argparse.Namespace, folder: Path, tokenizer: Path) -> dict:
-    """Encode everything into a folder; counts and validation hashes for the manifest.
+    """Encode all documents into a folder; returns counts and validation hashes for the manifest.
 
-    Raises: DataError if there are fewer documents than --val-docs and one more.
+    Raises: DataError unless there are more than --val-docs documents.
     """
     codec = Codec(tokenizer, transform=args.transform, fuse=args.fuse_markers)
     val, train = (Split(name, folder, codec, args.shard_tokens) for name in ("val", "train"))
@@ -405,9 +396,9 @@ def write_shards(args: argparse.Namespace, folder: Path, tokenizer: Path) -> dic
             bar.set_postfix_str(f"{val.tokens + train.tokens:,} tokens")
     if val.documents < args.val_docs or not train.documents:
         raise DataError(
-            f"{', '.join(map(str, args.documents))}: {val.documents + train.documents:,} "
-            f"documents with text, expected more than --val-docs={args.val_docs:,}; give more "
-            "documents or ask for fewer validation documents with --val-docs"
+            f"{', '.join(map(str, args.documents))}: found {val.documents + train.documents:,} "
+            f"documents with text, expected more than --val-docs={args.val_docs:,}; add "
+            "documents or lower --val-docs"
         )
     return dict(
         validation=dict(documents_asked=args.val_docs, **val.finish()),
@@ -450,24 +441,24 @@ def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, help="use this SentencePiece model (nmt_nfkc, no dummy prefix)"
     )
     kind.add_argument(
-        "--byte260", action="store_true", help="raw UTF-8 bytes, four control ids before"
+        "--byte260", action="store_true", help="use raw UTF-8 bytes after four control ids"
     )
     parser.add_argument(
         "--tokenizer-bytes",
         type=positive,
         default=500_000_000,
-        help="text to train a tokenizer on, held in memory [bytes] (default: %(default)s)",
+        help="text to train a tokenizer on, kept in memory [bytes] (default: %(default)s)",
     )
     parser.add_argument(
         "--transform",
         choices=("none", "caseops"),
         default="none",
-        help="caseops: write capitals as marks, and a sidecar with the bytes of the original text",
+        help="caseops: encode capitals as marks, and write a byte sidecar",
     )
     parser.add_argument(
         "--fuse-markers",
         action="store_true",
-        help="with caseops: a space and the mark after it are one token",
+        help="with caseops: encode a space and the mark after it as one token",
     )
 
 
@@ -481,37 +472,40 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", default="text", help="JSON key or Parquet column (default: %(default)s)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the new set")
-    parser.add_argument("--replace", action="store_true", help="replace the set that is in --out")
+    parser.add_argument("--out", required=True, type=Path, help="output folder")
+    parser.add_argument("--replace", action="store_true", help="replace the set in --out")
     parser.add_argument(
         "--val-docs",
         type=positive,
         default=50_000,
-        help="validation documents (default: %(default)s, the rule of the challenge; with fewer, "
-        "documents of the public validation set are in training)",
+        help="validation documents (default: %(default)s, as in the challenge; with fewer, "
+        "documents of the public validation set end up in training)",
     )
     parser.add_argument(
         "--shard-tokens",
         type=positive,
         default=100_000_000,
-        help="tokens of a shard (default: %(default)s)",
+        help="tokens per shard (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=positive, default=cores(), help="processes (default: all, %(default)s)"
+        "--workers",
+        type=positive,
+        default=cores(),
+        help="number of processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def positive(text: str) -> int:
-    """A whole number above zero, underscores and commas allowed."""
+    """Parse a positive whole number, in which underscores and commas are allowed."""
     digits = text.replace(",", "").replace("_", "")
     if not digits.isdecimal() or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number greater than 0")
     return int(digits)
 
 
 def set_files(folder: Path) -> list[Path]:
-    """The files of the set in a folder."""
+    """The files of a set in a folder."""
     names = (
         "fineweb_train_*.bin",
         "fineweb_val_*.bin",
@@ -524,7 +518,7 @@ def set_files(folder: Path) -> list[Path]:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Build the set beside its final names, then move it into place, the manifest last."""
+    """Build the set in a temporary folder, then move its files into place, the manifest last."""
     missing = [
         str(path) for path in [*args.documents, *filter(None, [args.model])] if not path.is_file()
     ]
@@ -532,8 +526,8 @@ def build(args: argparse.Namespace) -> int:
         raise DataError(f"{', '.join(missing)}: no such file")
     if not args.replace and set_files(args.out):
         raise DataError(
-            f"{args.out}: holds a set already ({set_files(args.out)[0].name}, ...); choose "
-            "another --out, or --replace it"
+            f"{args.out}: already contains a set ({set_files(args.out)[0].name}, ...); choose "
+            "another --out, or use --replace"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".building-", dir=args.out))
@@ -561,7 +555,7 @@ def build(args: argparse.Namespace) -> int:
         shutil.rmtree(staging, ignore_errors=True)
     for name in ("validation", "train"):
         print(f"{name}: " + " ".join(f"{key}={value:,}" for key, value in manifest[name].items()))
-    print(f"set written to {args.out}; check it with: python data/verify_dataset.py {args.out}")
+    print(f"wrote the set to {args.out}; check it with: python data/verify_dataset.py {args.out}")
     return 0
 
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Fetch the token shards and the tokenizer of a public challenge set.
+"""Download the token shards and the tokenizer of a public challenge set.
 
     python data/cached_challenge_fineweb.py --variant sp1024
     MATCHED_FINEWEB_REPO_ID=kevclark/parameter-golf \\
         python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80
 
-All validation shards come, the first --train-shards training shards, the byte sidecar if there is
-one, and the tokenizer, to datasets/ and tokenizers/ in this folder, where train_gpt.py looks for
-them. Each file is checked as it arrives (size, sha256, shard header) and only then gets its name.
-Run the same command again after an interruption: what is complete stays, what was begun goes on
-where it stopped, what is damaged is fetched again.
+The tool downloads all validation shards, the first --train-shards training shards, the byte sidecar
+if there is one, and the tokenizer to datasets/ and tokenizers/ in this folder, where train_gpt.py
+looks for them. Each file is checked (size, SHA-256, shard header) before it gets its final name.
+After an interruption run the same command again: it keeps complete files, resumes partial ones, and
+downloads damaged ones again.
 
 Environment:
     MATCHED_FINEWEB_REPO_ID             dataset repository (willdepueoai/parameter-golf)
-    MATCHED_FINEWEB_REMOTE_ROOT_PREFIX  folder in it that holds manifest.json (datasets)
-    HF_ENDPOINT, HF_TOKEN               as for every Hugging Face tool
+    MATCHED_FINEWEB_REMOTE_ROOT_PREFIX  folder of manifest.json in the repository (datasets)
+    HF_ENDPOINT, HF_TOKEN               as in other Hugging Face tools
 """
 
 from __future__ import annotations
@@ -33,28 +33,27 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
+from codec import file_facts
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.errors import RepositoryNotFoundError as NoRepository
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
+from report import exit_status
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from codec import exit_status, file_facts  # noqa: E402 -- beside this file
-
-from train_gpt import DataError, read_shard  # noqa: E402
+from train_gpt import DataError, read_shard
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 1.0
 FILES_AT_ONCE, DEFAULT_TRAIN_SHARDS = 8, 80
 SHA256_LETTERS = 64
 DOCUMENT_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
-AGAIN = "run the same command again: what has arrived is kept"
+AGAIN = "run the same command again; complete and partial files are kept"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The repository, and the folder in it, that files come from."""
+    """The remote repository and the folder in it."""
 
     repo: str
     prefix: str
@@ -65,7 +64,7 @@ class Source:
         return cls(os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf"), prefix)
 
     def url(self, name: str) -> str:
-        """Of a file named relative to the prefix."""
+        """The URL of a file; name: relative to the prefix."""
         path = str(PurePosixPath(self.prefix, name))
         return huggingface_hub.hf_hub_url(
             self.repo, path, repo_type="dataset", endpoint=constants.ENDPOINT
@@ -74,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One file to fetch: url, final path, and size and sha256 where the server tells them."""
+    """A file to download. size: None if unknown; etag: its SHA-256 if the server states one."""
 
     url: str
     path: Path
@@ -83,11 +82,11 @@ class Item:
 
     @property
     def part(self) -> Path:
-        """Where it grows; named by content, so that no two versions mix."""
+        """The partial file; named after the content, so that two versions never mix."""
         return self.path.with_name(f".{self.path.name}.{self.etag[:16]}.part")
 
     def fault(self, path: Path) -> str | None:
-        """What is wrong with a local copy, or None."""
+        """What is wrong with a local copy, or None if it is complete."""
         if not path.is_file():
             return "missing"
         facts = file_facts(path)
@@ -95,7 +94,7 @@ class Item:
             return f"{facts['bytes']:,} bytes, expected {self.size:,}"
         if len(self.etag) == SHA256_LETTERS and facts["sha256"] != self.etag:
             return f"sha256 {facts['sha256'][:16]}, expected {self.etag[:16]}"
-        if path.suffix == ".bin" or self.path.suffix == ".bin":
+        if self.path.suffix == ".bin":
             try:
                 read_shard(path)
             except DataError as error:
@@ -104,7 +103,7 @@ class Item:
 
 
 class Meter:
-    """What http_get takes for a progress bar: adds the bytes of one file to the common bar."""
+    """Stands in for a progress bar in http_get: adds the bytes of one file to the common bar."""
 
     lock = threading.Lock()
 
@@ -126,17 +125,17 @@ class Meter:
         self.counted += count
 
     def settle(self, size: int) -> None:
-        """Correct the count to what is on disk."""
+        """Set the count to the bytes on disk."""
         self.update(size - self.counted)
 
 
 def http_status(error: Exception) -> int | None:
-    """The server's status code, if it answered at all."""
+    """The HTTP status code, or None if the server did not answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def explain(error: Exception, source: Source) -> str:
-    """One line for an error of the hub or the network."""
+    """A one-line message for an error of the hub or the network."""
     status = http_status(error)
     place = f"{constants.ENDPOINT}/datasets/{source.repo}"
     if isinstance(error, NoRepository):
@@ -144,15 +143,15 @@ def explain(error: Exception, source: Source) -> str:
     if status == 429:
         return f"{place}: too many requests (429); wait a few minutes and {AGAIN}"
     if status is not None:
-        return f"{place}: the server answers {status}; {AGAIN}"
+        return f"{place}: the server answered {status}; {AGAIN}"
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return f"{place}: {reason}; check the network and {AGAIN}"
 
 
 def look_up(source: Source, name: str, path: Path) -> Item | None:
-    """Size and sha256 of a remote file; None if the repository has no such file.
+    """Ask the server for size and SHA-256 of a file; None if the repository lacks the file.
 
-    Raises: DataError if the server cannot be asked, after the hub's own retries.
+    Raises: DataError if the request still fails after the hub library's retries.
     """
     url = source.url(name)
     try:
@@ -165,9 +164,9 @@ def look_up(source: Source, name: str, path: Path) -> Item | None:
 
 
 def download(source: Source, item: Item, bar: tqdm) -> None:
-    """Fetch one file: continue its part, check it, and give it its name.
+    """Download one file: resume the partial file, check it, and rename it.
 
-    Raises: DataError after ATTEMPTS cuts or damaged copies; a part that may be continued is kept.
+    Raises: DataError after ATTEMPTS failures; a partial file that can be resumed is kept.
     """
     item.path.parent.mkdir(parents=True, exist_ok=True)
     meter, fault = Meter(bar), ""
@@ -188,14 +187,14 @@ def download(source: Source, item: Item, bar: tqdm) -> None:
                     stale.unlink()
             item.part.replace(item.path)
             return
-        fault = f"{item.url}: arrived damaged {attempt + 1} times: {damage}"
+        fault = f"{item.url}: damaged in {attempt + 1} downloads: {damage}"
         item.part.unlink(missing_ok=True)
         meter.settle(0)
     raise DataError(fault)
 
 
 def fetch_rest(item: Item, meter: Meter) -> None:
-    """Append to the part of a file what it still lacks. Raises whatever the network does."""
+    """Download the rest of a partial file. Raises the errors of the network and the disk."""
     have = item.part.stat().st_size if item.part.exists() else 0
     if item.size is not None and have > item.size:
         item.part.unlink()
@@ -213,7 +212,7 @@ def fetch_rest(item: Item, meter: Meter) -> None:
 
 
 def in_parallel(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Apply a function to all items, FILES_AT_ONCE at a time; raises all DataErrors as one."""
+    """Apply a function to all items, FILES_AT_ONCE at a time; raises one DataError for all."""
     results, faults = [], []
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         futures = [pool.submit(work, item) for item in items]
@@ -232,51 +231,51 @@ def in_parallel(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     return results
 
 
-# What to fetch -----------------------------------------------------------------------------------
+# Choosing files ----------------------------------------------------------------------------------
 
 
 def read_manifest(path: Path, source: Source) -> dict:
-    """The public set's manifest. Raises DataError if it is none."""
+    """Read the manifest of a public set. Raises DataError if the file is not one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         list(manifest["datasets"]), list(manifest["tokenizers"])
     except FileNotFoundError as error:
-        raise DataError(f"{path}: missing, and --skip-manifest forbids to fetch it") from error
+        raise DataError(f"{path}: missing; run without --skip-manifest to download it") from error
     except (ValueError, LookupError, TypeError) as error:
         raise DataError(
-            f"{path}: no manifest with datasets and tokenizers (from {source.repo}, "
+            f"{path}: not a manifest with datasets and tokenizers (from {source.repo}, "
             f"{source.prefix}); check MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"
         ) from error
     return manifest
 
 
 def find_entry(entries: Sequence[dict], name: str, where: str) -> dict:
-    """The entry of a manifest with a name. Raises DataError that lists what there is."""
+    """The manifest entry of this name. Raises DataError that lists the names that exist."""
     for entry in entries:
         if entry.get("name") == name:
             return entry
     there = ", ".join(sorted(str(entry.get("name")) for entry in entries)) or "nothing"
     raise DataError(
-        f"{where}: no {name}; it has {there}; choose another --variant, or another repository with "
-        "MATCHED_FINEWEB_REPO_ID"
+        f"{where}: lacks {name}, contains {there}; choose another --variant, or another repository "
+        "with MATCHED_FINEWEB_REPO_ID"
     )
 
 
 def wanted_files(manifest: dict, args: argparse.Namespace, source: Source) -> list[str]:
-    """Names, relative to the prefix, of all files that have to be there."""
+    """Names, relative to the prefix, of all files to download."""
     dataset = find_entry(manifest["datasets"], f"fineweb10B_{args.variant}", source.repo)
     try:
         counts = {split: int(dataset["stats"][f"files_{split}"]) for split in ("val", "train")}
         tokenizer_name = dataset["tokenizer_name"]
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(
-            f"{source.repo}: {dataset['name']} lacks {error} in the manifest"
+            f"{source.repo}: the manifest entry of {dataset['name']} lacks {error}"
         ) from error
     asked = DEFAULT_TRAIN_SHARDS if args.train_shards is None else args.train_shards
     if args.train_shards and asked > counts["train"]:
         raise DataError(
-            f"{source.repo}: {dataset['name']} has {counts['train']} training shards, "
-            f"found --train-shards {asked}; ask for at most {counts['train']}"
+            f"--train-shards {asked}: {dataset['name']} in {source.repo} has {counts['train']} "
+            f"training shards; ask for at most {counts['train']}"
         )
     counts["train"] = min(asked, counts["train"])
     names = [
@@ -290,15 +289,17 @@ def wanted_files(manifest: dict, args: argparse.Namespace, source: Source) -> li
 
 
 def local_path(root: Path, name: str) -> Path:
-    """Where a remote file goes. Raises DataError for a name that would leave the folder."""
+    """The local path of a remote file. Raises DataError if it would be outside of the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise DataError(f"manifest: file name {name!r} leaves the folder; the manifest is not safe")
+        raise DataError(
+            f"manifest: file name {name!r} leaves the folder; do not use this repository"
+        )
     return root / path
 
 
 def sidecar_files(names: Sequence[str], source: Source, root: Path) -> list[str]:
-    """Names of the byte sidecars of the validation shards, if the repository has them."""
+    """Names of the byte sidecars of the validation shards, empty if the repository has none."""
     sidecars = [
         name.replace("fineweb_val_", "fineweb_val_bytes_")
         for name in names
@@ -309,14 +310,14 @@ def sidecar_files(names: Sequence[str], source: Source, root: Path) -> list[str]
 
 
 def fetch(args: argparse.Namespace) -> int:
-    """Fetch what is missing or damaged; 0 when all is there."""
+    """Download missing and damaged files; returns 0 when all files are complete."""
     source, root = Source.from_env(), args.data_dir
     quiet = tqdm(disable=True)
     if not args.skip_manifest:
         item = look_up(source, "manifest.json", root / "manifest.json")
         if item is None:
             raise DataError(
-                f"{source.url('manifest.json')}: not there; check MATCHED_FINEWEB_REPO_ID and "
+                f"{source.url('manifest.json')}: not found; check MATCHED_FINEWEB_REPO_ID and "
                 "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"
             )
         if item.fault(item.path):
@@ -328,18 +329,19 @@ def fetch(args: argparse.Namespace) -> int:
     items = in_parallel(lambda pair: look_up(source, *pair), zip(names, paths, strict=True))
     if missing := [name for name, item in zip(names, items, strict=True) if item is None]:
         raise DataError(
-            f"{source.repo}: {len(missing)} of {len(names)} files are not there, the first is "
-            f"{missing[0]}; the repository does not hold what its manifest lists"
+            f"{source.repo}: {len(missing)} of the {len(names)} files that its manifest lists are "
+            f"missing, the first is {missing[0]}; choose another repository with "
+            "MATCHED_FINEWEB_REPO_ID"
         )
     faults = in_parallel(lambda item: item.fault(item.path), items)
     todo = [item for item, fault in zip(items, faults, strict=True) if fault]
     for item, fault in zip(items, faults, strict=True):
         if fault and fault != "missing":
-            print(f"{item.path}: {fault}; fetching it again", file=sys.stderr)
+            print(f"{item.path}: {fault}; downloading it again", file=sys.stderr)
     total = sum(item.size or 0 for item in todo)
     with tqdm(total=total, desc=args.variant, unit="B", unit_scale=True, disable=args.quiet) as bar:
         in_parallel(lambda item: download(source, item, bar), todo)
-    print(f"{len(items)} files are complete, {len(todo)} of them fetched now, in {root}")
+    print(f"{len(items)} files in {root} are complete, {len(todo)} of them downloaded now")
     print(f"check the set with: python data/verify_dataset.py {paths[0].parent}")
     return 0
 
@@ -354,26 +356,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--variant",
         default="sp1024",
         metavar="NAME",
-        help="sp1024, sp4096, sp8192, byte260, ...: fetches fineweb10B_NAME (default: %(default)s)",
+        help="sp1024, sp4096, sp8192, byte260, ...: the set fineweb10B_NAME (default: %(default)s)",
     )
     parser.add_argument(
         "--train-shards",
         type=shard_count,
         metavar="N",
-        help="training shards, each of 100 million tokens, 200 MB (default: "
+        help="number of training shards of 100 million tokens, 200 MB each (default: "
         f"{DEFAULT_TRAIN_SHARDS}, or all if there are fewer)",
     )
     parser.add_argument(
-        "--with-docs", action="store_true", help="also docs_selected.jsonl, the source documents"
+        "--with-docs",
+        action="store_true",
+        help="also download docs_selected.jsonl, the source documents",
     )
-    parser.add_argument(
-        "--skip-manifest", action="store_true", help="use the manifest.json that is here already"
-    )
+    parser.add_argument("--skip-manifest", action="store_true", help="use the local manifest.json")
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=Path(__file__).resolve().parent,
-        help="folder for datasets/ and tokenizers/; tell train_gpt.py with DATA_DIR "
+        help="folder of datasets/ and tokenizers/, for train_gpt.py's DATA_DIR "
         "(default: the folder of this file)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -1,6 +1,6 @@
-"""CaseOps: capital letters written as marks, so that a word has one spelling; nothing is lost.
+"""CaseOps: capital letters are written as marks, so that a word has one spelling; lossless.
 
-Every maximal run of ASCII letters (`lossless_caps_caseops_v1` of PR #1729) becomes
+Each maximal run of ASCII letters is encoded as follows (`lossless_caps_caseops_v1` of PR #1729):
 
     word   -> word                      no capitals: unchanged
     WORD   -> ALLCAPS word              two letters or more, all capitals
@@ -8,10 +8,10 @@ Every maximal run of ASCII letters (`lossless_caps_caseops_v1` of PR #1729) beco
     iPhone -> i CAPNEXT phone           any other mix: TITLE if the first letter is a capital, then
     McCoy  -> TITLE mc CAPNEXT coy      CAPNEXT before each later capital
 
-and a mark that is already in the text is written after ESC. All other characters stay as they are.
-`decode(encode(text)) == text` for every text. Bits per byte are charged on the original bytes: a
-mark costs none, and the ASCII letter after it is as long in either case, so only an escaped mark
-(three bytes, its own UTF-8) and a fused pair (its space) need a rule of their own: see
+A mark character that already occurs in the text is preceded by ESC. All other characters are
+unchanged. `decode(encode(text)) == text` for every text. Bits per byte count the bytes of the
+original text: a mark counts 0 bytes, and an ASCII letter has the same length in either case. Only
+an escaped mark (the three bytes of its UTF-8) and a fused pair (its space) need a special rule: see
 `Marks.charge`.
 """
 
@@ -19,19 +19,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train_gpt import ByteTable  # noqa: E402 -- in the folder above
+
 TITLE, ALLCAPS, CAPNEXT, ESC = MARKS = "\ue001", "\ue002", "\ue003", "\ue004"
 MARK_BYTES = len(ESC.encode())
-SPACE = "\u2581"  # SentencePiece's mark for a space
-# Byte values that no UTF-8 text contains: their byte pieces are free to stand for fused pairs.
-# (#2109 took 0x00-0x02, but a text can hold NUL.)
+# Byte values that never occur in UTF-8: their byte pieces are free for use as fused pairs.
+# (#2109 used 0x00-0x02, but a text can contain NUL.)
 FREE_BYTES = dict(zip((TITLE, ALLCAPS, CAPNEXT), (0xC0, 0xC1, 0xF5), strict=True))
 
-# A run is looked for only where no letter precedes, so that long runs cost linear time.
+# The lookbehind starts matches only at the beginning of a run, so that long runs take linear time.
 CAPITALIZED = re.compile(r"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[\ue001-\ue004]")
 CAPITAL = re.compile("[A-Z]")
 MARKED = re.compile(r"\ue004([\ue001-\ue004])|\ue002([a-z]+)|[\ue001\ue003]([a-z])|[\ue001-\ue004]")
@@ -53,11 +57,12 @@ def _encode_match(match: re.Match) -> str:
 
 
 def decode(text: str) -> str:
-    """The text that `encode` was given.
+    """Invert `encode`.
 
-    A capital without a mark is kept: tokenizers that fold full-width letters after the transform,
-    as the published one does, produce it. Raises: ValueError if a mark stands where `encode` writes
-    none.
+    A capital letter without a mark is kept: tokenizers that fold full-width letters after the
+    transform, as the published one does, produce it.
+
+    Raises: ValueError if a mark is at a position where `encode` never writes one.
     """
     return MARKED.sub(_decode_match, text)
 
@@ -72,10 +77,10 @@ def _decode_match(match: re.Match) -> str:
 
 @dataclass(frozen=True)
 class Marks:
-    """Ids of the marks in one tokenizer, and of the pairs (space, mark) when they are fused.
+    """Token ids of the marks, and of the pairs (space, mark) if these are fused.
 
-    Attributes: space, title, allcaps, capnext, esc: ids. fused: {mark id: id of the pair}, or
-    empty.
+    Attributes: space, title, allcaps, capnext, esc: ids. fused: {id of mark: id of pair}, empty
+    without fusion.
     """
 
     space: int
@@ -87,7 +92,7 @@ class Marks:
 
     @classmethod
     def find(cls, pieces: Sequence[str], *, fuse: bool) -> Marks | None:
-        """The marks among a tokenizer's pieces; None if it knows none of them."""
+        """The marks in a list of pieces; None unless all four are in it."""
         ids = [pieces.index(mark) for mark in MARKS if mark in pieces]
         if len(ids) != len(MARKS):
             return None
@@ -99,10 +104,10 @@ class Marks:
             if fuse
             else {}
         )
-        return cls(pieces.index(SPACE), *ids, fused=pairs)
+        return cls(pieces.index(ByteTable.SPACE), *ids, fused=pairs)
 
     def fuse(self, tokens: np.ndarray) -> np.ndarray:
-        """Replace each pair (space, TITLE / ALLCAPS / CAPNEXT) by its one token; a new array."""
+        """Replace each pair (space, TITLE / ALLCAPS / CAPNEXT) by one token, in a new array."""
         second = np.isin(tokens[1:], list(self.fused)) & (tokens[:-1] == self.space)
         alias = np.arange(int(tokens.max(initial=0)) + 1, dtype=tokens.dtype)
         for mark, pair in self.fused.items():
@@ -112,7 +117,7 @@ class Marks:
         return out[~np.r_[False, second]]
 
     def fused_names(self) -> dict[str, int]:
-        """The fused pairs for a manifest: {name: id}."""
+        """{name: id} of the fused pairs, for the manifest."""
         names = {
             self.title: "space+TITLE",
             self.allcaps: "space+ALLCAPS",
@@ -121,19 +126,18 @@ class Marks:
         return {names[mark]: pair for mark, pair in self.fused.items()}
 
     def surfaces(self, pieces: list[bytes]) -> list[bytes]:
-        """Per id, the bytes that a token writes before `decode`: those of `pieces`, pairs
-        included."""
+        """The bytes of each token id before `decode`: `pieces`, with those of the fused pairs."""
         out = list(pieces)
         for mark, pair in self.fused.items():
             out[pair] = b" " + pieces[mark]
         return out
 
-    def charge(self, table, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of the original text per target: the charge of train_gpt.ByteTable, marks free.
+    def charge(self, table: ByteTable, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of the original text per target: `ByteTable.charge`, with 0 bytes for marks.
 
         Args:
             table: the tokenizer's ByteTable.
-            tokens: (n + 1,) ids; the first one is only context.
+            tokens: (n + 1,) ids; the first one is context only.
         Returns: (n,) int16.
         """
         base, leading = table.base_bytes.copy(), table.leading_space.copy()
@@ -141,7 +145,7 @@ class Marks:
         for pair in self.fused.values():
             base[pair], leading[pair] = 0, True
         out = dataclasses.replace(table, base_bytes=base, leading_space=leading).charge(tokens)
-        escaped = -1  # position of the latest escaped mark, which may itself be an ESC
+        escaped = -1  # position of the last escaped mark, which may itself be an ESC
         for at in np.flatnonzero(tokens[:-1] == self.esc):
             if at != escaped:
                 escaped = at + 1

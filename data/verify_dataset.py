@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Check a folder of token shards before a score is built on it.
+"""Verify a folder of token shards before trusting a score on it.
 
     python data/verify_dataset.py data/datasets/fineweb10B_sp8192
     python data/verify_dataset.py data/sample
     python data/verify_dataset.py DIR --held-out canonical/manifest.json
 
-Prints a table and ends with status 0 if the set is clean, 1 if a check failed, 2 if it could not be
-checked. A clean set gets DIR/verified.json, by which train_gpt.py knows it again (data_verified).
+Prints a table; exit status 0 if the set is clean, 1 if a check failed, 2 if the set could not be
+checked. For a clean set the tool writes DIR/verified.json, with the fingerprint by which
+train_gpt.py recognises the set (data_verified).
 
-Checked: headers and sizes; the manifest's sha256 of each file; token ids; one BOS before each
-document and no other control id; that the tokenizer made these shards (decoded documents are
-encoded again); that the bytes charged for each validation document are the bytes of its text; that
-no validation document is in the training shards, not even in other case or white space; and the
-counts of published sets.
+Checks: headers and sizes; the SHA-256 of each file against the manifest; token ids; one BOS before
+each document and no other control ids; that the tokenizer made these shards (decoded documents are
+encoded again); that the byte count of each validation document is the length of its text; that no
+validation document is in the training shards, up to case and white space; and the counts of
+published sets.
 """
 
 from __future__ import annotations
@@ -24,43 +25,35 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from codec import MANIFEST_FORMAT, Codec, cores, file_facts, map_in_order, normalize
+from report import Report, Row, exit_status
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from codec import (  # noqa: E402 -- beside this file
+from train_gpt import (
     BOS,
     BYTE_OFFSET,
-    Codec,
-    cores,
-    exit_status,
-    file_facts,
-    map_in_order,
-    normalize,
-)
-
-from train_gpt import (
     ArtifactError,
     DataError,
     atomic_write,
     find_shards,
     read_shard,
     set_fingerprint,
-)  # noqa: E402
+)
 
 PROOF_FORMAT = 1
-SPAN_TOKENS = 1 << 19  # of one piece of work; bounds the memory of a worker
-ENCODED_AGAIN, ENCODED_ALIKE = 500, 0.98  # documents; a foreign tokenizer agrees on none of them
+SPAN_TOKENS = 1 << 19  # tokens that a worker scans at a time; limits its memory
+ENCODED_AGAIN, ENCODED_ALIKE = 500, 0.98  # documents; a wrong tokenizer agrees on none of them
 CHALLENGE_DOCUMENTS = 50_000
-WINDOW_TOKENS = 2048  # published counts keep whole windows of this length
+WINDOW_TOKENS = 2048  # published counts cover whole windows of this length
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published set, by its validation counts: scored targets and, where known, bytes."""
+    """Validation counts of a published set: scored targets and, if known, bytes."""
 
     name: str
     vocab_size: int
@@ -82,37 +75,9 @@ PUBLISHED = (
 )
 
 
-@dataclass
-class Report:
-    """The table: rows of (check, found, expected, verdict); a verdict of None is a remark."""
-
-    rows: list[tuple[str, str, str, bool | None]] = field(default_factory=list)
-
-    def add(self, check: str, found: str, expected: str, verdict: bool | None) -> None:
-        self.rows.append((check, found, expected, verdict))
-
-    @property
-    def clean(self) -> bool:
-        return all(verdict is not False for *_, verdict in self.rows)
-
-    def text(self) -> str:
-        words = {True: "ok", False: "FAIL", None: "-"}
-        cells = [
-            ("", "check", "found", "expected"),
-            *((words[verdict], *row) for *row, verdict in self.rows),
-        ]
-        widths = [max(len(row[column]) for row in cells) for column in range(3)]
-        return "\n".join(
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]
-            ).rstrip()
-            for row in cells
-        )
-
-
 @dataclass(frozen=True)
 class TokenSet:
-    """The files of one set and what is known of them. manifest is empty without manifest.json."""
+    """The files of a set. manifest: empty if there is no manifest.json."""
 
     folder: Path
     val: list[Path]
@@ -125,7 +90,7 @@ class TokenSet:
 
     @classmethod
     def find(cls, folder: Path, tokenizer: Path | None) -> TokenSet:
-        """Raises: DataError if the folder, its shards or its tokenizer are missing."""
+        """Raises: DataError if the folder, its shards or its tokenizer do not exist."""
         manifest = {}
         if (folder / "manifest.json").exists():
             manifest = read_manifest(folder / "manifest.json")
@@ -151,23 +116,30 @@ class TokenSet:
 
 
 def read_manifest(path: Path) -> dict:
-    """A manifest of build_dataset.py. Raises DataError if it is none."""
+    """Read a manifest of build_dataset.py. Raises DataError if the file is not one."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == 1 and manifest["files"] and manifest["validation_hashes"]:
+        if (
+            manifest["format"] == MANIFEST_FORMAT
+            and manifest["files"]
+            and manifest["validation_hashes"]
+        ):
             return manifest
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
-            f"{path}: no manifest of build_dataset.py ({type(error).__name__}: {error})"
+            f"{path}: not a manifest of build_dataset.py ({type(error).__name__}: {error})"
         ) from error
     raise DataError(
-        f"{path}: manifest format {manifest['format']}, expected 1; build the set again"
+        f"{path}: found manifest format {manifest['format']}, expected {MANIFEST_FORMAT}; "
+        "build the set again"
     )
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer in the folder, or where the public layout keeps it. Raises DataError if
-    none."""
+    """The tokenizer in the folder, or in its place in the public layout.
+
+    Raises: DataError if neither exists.
+    """
     variant = folder.resolve().name.rpartition("_")[2]
     public = folder.resolve().parent.parent / "tokenizers"
     places = [
@@ -181,7 +153,7 @@ def find_tokenizer(folder: Path) -> Path:
         if place.exists():
             return place
     raise DataError(
-        f"{folder}: no tokenizer at {', '.join(map(str, places))}; name it with --tokenizer"
+        f"{folder}: no tokenizer at {', '.join(map(str, places))}; give its path with --tokenizer"
     )
 
 
@@ -192,7 +164,7 @@ def check_files(report: Report, found: TokenSet, bar: tqdm) -> None:
     """Compare each file with the manifest, if there is one."""
     promised = found.manifest.get("files")
     if promised is None:
-        report.add("manifest", "none", "not needed: counts and sha256 are not compared", None)
+        report.add("manifest", None, "none", "optional: counts and SHA-256 are not compared")
         return
     present = {path.name: path for path in found.all_shards}
     present[found.manifest["tokenizer"]["file"]] = found.tokenizer
@@ -202,15 +174,14 @@ def check_files(report: Report, found: TokenSet, bar: tqdm) -> None:
         facts = file_facts(present[name])
         bar.update(facts["bytes"])
         if facts != promised[name]:
-            wrong.append(f"{name} has {facts['bytes']:,} bytes, sha256 {facts['sha256'][:12]}")
+            wrong.append(f"{name}: {facts['bytes']:,} bytes, sha256 {facts['sha256'][:12]}")
     report.add(
-        "manifest", some(wrong) or f"{len(present)} files", "the sha256 of each file", not wrong
+        "manifest", not wrong, some(wrong) or f"{len(present)} files", "the SHA-256 of each file"
     )
 
 
 def check_headers(report: Report, found: TokenSet) -> bool:
-    """Header and size of every shard; False if one cannot be read, so that nothing more can be
-    checked."""
+    """Check header and size of every shard; False if a shard cannot be read."""
     wrong, tokens = [], 0
     for path in found.all_shards:
         try:
@@ -219,26 +190,26 @@ def check_headers(report: Report, found: TokenSet) -> bool:
             wrong.append(str(error))
     report.add(
         "headers and sizes",
+        not wrong,
         some(wrong) or f"{len(found.all_shards)} shards, {tokens:,} tokens",
         "header, count and size agree",
-        not wrong,
     )
     return not wrong
 
 
 def check_validation(report: Report, found: TokenSet, codec: Codec) -> dict[bytes, bytes]:
-    """Structure, text, bytes and counts of the validation documents.
+    """Check structure, text, byte counts and number of the validation documents.
 
-    Returns: {fingerprint: digest of the exact text} of each document.
+    Returns: {fingerprint: digest of the exact text} of the documents.
     """
     tokens = np.concatenate([read_shard(path) for path in found.val])
     largest, size = int(tokens.max()), codec.vocab_size
-    report.add("validation ids", f"0 to {largest:,}", f"below {size:,}", largest < size)
+    report.add("validation ids", largest < size, f"0 to {largest:,}", f"below {size:,}")
     if largest >= size:
         return {}
     starts = np.flatnonzero(tokens == BOS)
     odd = int((tokens < BYTE_OFFSET).sum()) - len(starts)
-    report.add(*structure("validation", tokens[0] == BOS, odd, len(starts)))
+    report.rows.append(structure("validation", tokens[0] == BOS, odd, len(starts)))
     charged = charged_bytes(report, found, codec, tokens)
     documents = np.split(tokens, starts)[1:]
     known, alike, unequal = {}, 0, []
@@ -251,7 +222,9 @@ def check_validation(report: Report, found: TokenSet, codec: Codec) -> dict[byte
             unequal.append(f"document {number}: {error}")
             continue
         if len(text.encode()) != paid:
-            unequal.append(f"document {number}: {paid:,} charged, {len(text.encode()):,} in it")
+            unequal.append(
+                f"document {number}: {paid:,} counted, {len(text.encode()):,} in its text"
+            )
         if number < ENCODED_AGAIN:
             again = codec.encode(codec.prepare(text, normalize(text)))
             alike += np.array_equal(again, document)
@@ -261,52 +234,52 @@ def check_validation(report: Report, found: TokenSet, codec: Codec) -> dict[byte
     compared = min(len(documents), ENCODED_AGAIN)
     report.add(
         "tokenizer",
+        alike >= ENCODED_ALIKE * compared,
         f"{alike} of {compared} documents encode to their tokens",
         f"at least {ENCODED_ALIKE:.0%}",
-        alike >= ENCODED_ALIKE * compared,
     )
     counts = dict(documents=len(documents), tokens=len(tokens), bytes=int(charged.sum()))
     published = check_counts(report, found, codec, counts, scored_bytes(charged))
     total = f"{counts['bytes']:,} for {len(documents):,} documents"
-    # A published sidecar charges the source text, of which its tokens keep the normalised form.
+    # The published sidecar counts the source text, but its tokens hold the normalised text.
     verdict = True if not unequal else None if published else False
-    report.add("bytes", some(unequal) or total, "the UTF-8 length of each document's text", verdict)
+    report.add("bytes", verdict, some(unequal) or total, "the UTF-8 length of each document's text")
     if found.manifest:
         hashes = sorted(name.hex() for name in known)
         same = hashes == found.manifest["validation_hashes"]
-        report.add("validation hashes", f"{len(hashes):,}", "those of the manifest", same)
+        report.add("validation hashes", same, f"{len(hashes):,}", "those in the manifest")
     return known
 
 
-def structure(
-    split: str, opens: bool, odd: int, documents: int
-) -> tuple[str, str, str, bool | None]:
-    """The row about the BOS of each document and the other control ids."""
-    first = "BOS first" if opens else "no BOS first"
-    return (
+def structure(split: str, opens: bool, odd: int, documents: int) -> Row:
+    """The row on control ids. opens: whether BOS is first; odd: number of other control ids."""
+    first = "BOS first" if opens else "BOS not first"
+    return Row(
         f"{split} structure",
+        bool(opens) and not odd and documents > 0,
         f"{first}, {odd:,} other control ids, {documents:,} documents",
         "BOS first, 0 other control ids",
-        bool(opens) and not odd and documents > 0,
     )
 
 
 def charged_bytes(report: Report, found: TokenSet, codec: Codec, tokens: np.ndarray) -> np.ndarray:
-    """(n,) bytes that the scorer charges for each token, the first included: the sidecar's, if
-    there has to be one, else those of the byte table."""
+    """(n,) byte counts that scoring uses: of the sidecar if the set needs one, else of the table.
+
+    Unlike in scoring, the first token is included.
+    """
     own = codec.charge(np.concatenate([np.array([BOS], tokens.dtype), tokens])).astype(np.int32)
     if codec.marks is None:
         return own
     parts = [read_shard(path) for path in found.sidecars]
     count = sum(map(len, parts))
     report.add(
-        "byte sidecar", f"{count:,} values", f"one per token: {len(tokens):,}", count == len(tokens)
+        "byte sidecar", count == len(tokens), f"{count:,} values", f"one per token: {len(tokens):,}"
     )
     return np.concatenate(parts).astype(np.int32) if count == len(tokens) else own
 
 
 def scored_bytes(charged: np.ndarray) -> tuple[int, int]:
-    """(targets, bytes) of whole windows of WINDOW_TOKENS, as published scores count them."""
+    """(targets, bytes) in whole windows of WINDOW_TOKENS, as in published scores."""
     targets = (len(charged) - 1) // WINDOW_TOKENS * WINDOW_TOKENS
     return targets, int(charged[1 : targets + 1].sum())
 
@@ -318,21 +291,21 @@ def check_counts(
     counts: Mapping[str, int],
     scored: tuple[int, int],
 ) -> bool:
-    """Counts against the manifest, the challenge's rule, and published sets; True if published."""
+    """Compare with the manifest, the challenge and published sets; True if a published set."""
     if found.manifest:
         promised = {key: found.manifest["validation"][key] for key in counts}
-        report.add("validation counts", describe(counts), describe(promised), counts == promised)
+        report.add("validation counts", counts == promised, describe(counts), describe(promised))
     documents = counts["documents"]
     report.add(
         "validation documents",
+        True if documents == CHALLENGE_DOCUMENTS else None,
         f"{documents:,}",
         f"{CHALLENGE_DOCUMENTS:,} in the challenge",
-        True if documents == CHALLENGE_DOCUMENTS else None,
     )
     transform = found.transform + "+fused" * found.fuse
     seen, expected, verdict = recognise(codec.vocab_size, transform, documents, *scored)
-    # A set with a manifest says what it is: its likeness to a published one is worth a remark.
-    report.add("published set", seen, expected, verdict or (None if found.manifest else verdict))
+    # A manifest states what the set is, so that a likeness to a published set is only a remark.
+    report.add("published set", verdict or (None if found.manifest else verdict), seen, expected)
     return verdict is True
 
 
@@ -341,9 +314,9 @@ def recognise(
 ) -> tuple[str, str, bool | None]:
     """(found, expected, verdict) of the comparison with published sets.
 
-    Args: targets and scored_bytes count whole windows of WINDOW_TOKENS.
-    A set resembles a published one if it shares its vocabulary and transform, and has the
-    challenge's number of documents, the notorious 10,000, or nearly as many targets.
+    targets and scored_bytes count whole windows of WINDOW_TOKENS. A set resembles a published one
+    if it has the same vocabulary size and transform, and the challenge's number of documents, or
+    10,000 (a common mistake), or nearly as many targets.
     """
     for known in PUBLISHED:
         if (known.vocab_size, known.transform) != (vocab_size, transform):
@@ -360,8 +333,8 @@ def recognise(
         if same:
             return counts, expected, True
         if documents in (CHALLENGE_DOCUMENTS, 10_000) or abs(targets / known.targets - 1) < 0.02:
-            return f"resembles one but is not: {counts}", expected, False
-    return "none: a set of its own", "scores compare only on this set", None
+            return f"resembles a published set but differs: {counts}", expected, False
+    return "none", "scores are comparable on this set only", None
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -369,23 +342,21 @@ def recognise(
 
 @dataclass(frozen=True)
 class Scan:
-    """What one span of a training shard holds. head: tokens before its first BOS; tail: from its
-    last BOS on, None if it has no BOS. hits: (place, text, exact) of documents that are held
-    out."""
+    """The result of scanning one span of a training shard."""
 
     path: Path
     start: int
     tokens: int
     documents: int
-    odd: int
-    largest: int
-    head: np.ndarray
-    tail: np.ndarray | None
-    hits: list[tuple[str, str, bool]]
+    odd: int  # control ids other than BOS
+    largest: int  # token id
+    head: np.ndarray  # tokens before the first BOS
+    tail: np.ndarray | None  # tokens from the last BOS on; None without BOS
+    hits: list[tuple[str, str, bool]]  # (place, text, exact) of held-out documents
 
 
 class Scanner:
-    """Looks for held-out documents in token spans; one per process."""
+    """Searches token spans for held-out documents; the state of a worker process."""
 
     codec: Codec
     held_out: Mapping[bytes, bytes | None]
@@ -398,14 +369,16 @@ class Scanner:
     def look(
         cls, tokens: np.ndarray, starts: np.ndarray, place: Callable[[int], str]
     ) -> list[tuple[str, str, bool]]:
-        """Those documents, of tokens that begin with one, which are held out; place(start) says
-        where."""
+        """Held-out documents among those that begin at `starts`; the first of them is 0.
+
+        place(start) names the location of a document.
+        """
         hits, bounds = [], [*starts.tolist(), len(tokens)]
         for number, name in enumerate(cls.codec.fingerprints(tokens, starts)):
             if name in cls.held_out:
                 start, stop = bounds[number : number + 2]
                 text = ""
-                with contextlib.suppress(ValueError):  # a damaged text is no exact copy
+                with contextlib.suppress(ValueError):  # an undecodable text is not an exact copy
                     text = cls.codec.decode(tokens[start:stop])
                 exact = text_digest(text) == cls.held_out[name]
                 hits.append((place(start), text[:50], exact))
@@ -435,9 +408,9 @@ class Scanner:
 def check_training(
     report: Report, found: TokenSet, held_out: Mapping[bytes, bytes | None], workers: int, bar: tqdm
 ) -> None:
-    """Stream through the training shards: ids, structure, and no document that is held out."""
+    """Scan the training shards: token ids, structure, and absence of held-out documents."""
     make = functools.partial(Codec, found.tokenizer, transform=found.transform, fuse=found.fuse)
-    Scanner.start(make, held_out)  # for the documents that spans cut in two
+    Scanner.start(make, held_out)  # for documents that cross the edge of a span
     spans = (
         (path, start)
         for path in found.train
@@ -445,7 +418,7 @@ def check_training(
     )
     documents = tokens = odd = largest = 0
     hits: list[tuple[str, str, bool]] = []
-    pieces, place = [], ""  # of the document that is open, and where it begins; "" before the first
+    pieces, place = [], ""  # parts and location of the open document; "" before the first
     opens = False
 
     def close() -> None:
@@ -468,25 +441,25 @@ def check_training(
         bar.update(2 * scan.tokens)
     close()
     size = Scanner.codec.vocab_size
-    report.add("training ids", f"0 to {largest:,}", f"below {size:,}", largest < size)
-    report.add(*structure("training", opens, odd, documents))
+    report.add("training ids", largest < size, f"0 to {largest:,}", f"below {size:,}")
+    report.rows.append(structure("training", opens, odd, documents))
     if found.manifest:
         counts, promised = dict(documents=documents, tokens=tokens), found.manifest["train"]
         promised = {key: promised[key] for key in counts}
-        report.add("training counts", describe(counts), describe(promised), counts == promised)
+        report.add("training counts", counts == promised, describe(counts), describe(promised))
     exact = sum(hit[2] for hit in hits)
-    note = "none is"
+    note = "none"
     if hits:
         places = some([f"{where}: {text!r}" for where, text, _ in hits])
-        note = f"{exact:,} exact, {len(hits) - exact:,} in other case or white space; {places}"
-    report.add("held-out documents in training", note, f"none of {len(held_out):,}", not hits)
+        note = f"{exact:,} exact, {len(hits) - exact:,} with other case or white space; {places}"
+    report.add("held-out documents in training", not hits, note, f"none of {len(held_out):,}")
 
 
 # Main --------------------------------------------------------------------------------------------
 
 
 def some(items: Sequence[str], limit: int = 3) -> str:
-    """The first few of a list, and how many more."""
+    """The first items of a list, and the number of others."""
     more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
     return "; ".join(items[:limit]) + more
 
@@ -500,7 +473,7 @@ def text_digest(text: str) -> bytes:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Run every check, print the table, leave or remove the proof; 0 clean, 1 not."""
+    """Run every check, print the table, write or remove verified.json; returns the exit status."""
     found = TokenSet.find(args.folder, args.tokenizer)
     others = [read_manifest(path) for path in args.held_out]
     codec, report = found.codec(), Report()
@@ -518,29 +491,26 @@ def verify(args: argparse.Namespace) -> int:
             check_training(report, found, known, args.workers, bar)
     print(report.text())
     if not report.clean:
-        print(f"{args.folder}: NOT clean; a score on it proves nothing", flush=True)
-        return 1
+        print(f"{args.folder}: NOT clean; do not trust scores on this set", flush=True)
+        return report.status
     fingerprint = set_fingerprint(found.all_shards, found.tokenizer)
     facts = dict(
         format=PROOF_FORMAT,
         fingerprint=fingerprint,
-        # For a machine that scores only, and holds no training shards.
+        # For a machine without training shards, which only scores.
         validation_fingerprint=set_fingerprint([*found.val, *found.sidecars], found.tokenizer),
-        checks=[
-            dict(check=check, found=seen, expected=expected)
-            for check, seen, expected, _ in report.rows
-        ],
+        checks=[dict(check=r.check, found=r.found, expected=r.expected) for r in report.rows],
     )
     text = json.dumps(facts, indent=1) + "\n"
     try:
         atomic_write(proof, text.encode())
     except ArtifactError as error:
         raise DataError(
-            f"{proof}: the set is clean, but its proof cannot be written there; copy the set to a "
-            "folder you may write"
+            f"{proof}: the set is clean, but this file cannot be written; copy the set to a "
+            "writable folder"
         ) from error
-    print(f"{args.folder}: clean, fingerprint {fingerprint}; written to {proof}")
-    return 0
+    print(f"{args.folder}: clean, fingerprint {fingerprint}; wrote {proof}")
+    return report.status
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -550,13 +520,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="folder with fineweb_{train,val}_*.bin"
+        "folder", type=Path, metavar="DIR", help="folder of fineweb_{train,val}_*.bin"
     )
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="its tokenizer (default: tokenizer.model or "
-        "tokenizer.json in DIR, or ../../tokenizers/fineweb_N_bpe.model)",
+        help="tokenizer of the set (default: tokenizer.model or "
+        "tokenizer.json in DIR, or DIR/../../tokenizers/fineweb_N_bpe.model)",
     )
     parser.add_argument(
         "--held-out",
@@ -565,7 +535,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="MANIFEST",
         help="manifest.json of another set, whose validation documents must not be in these "
-        "training shards either; may be given several times",
+        "training shards either; may be repeated",
     )
     parser.add_argument(
         "--workers",
@@ -573,7 +543,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=cores(),
         choices=range(1, 1025),
         metavar="N",
-        help="processes (default: all cores, %(default)s)",
+        help="number of processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)

@@ -1,12 +1,12 @@
-"""Prove that the score of an artifact is legal, or say why it is not.
+"""Prove that the score of an artifact is legal, or state why it is not.
 
     AUDIT=1 ARTIFACT=logs/mine.bin python train_gpt.py
 
-The program hands itself over: whatever is proved, is proved of the evaluator that made the score.
-On a slice of the validation text, with adaptation on, it scores the artifact again and again while
-the text after some target is changed, and compares. What C1 to C4 mean: issue #1017 of
-openai/parameter-golf. The evidence is logs/<run>.audit.json; exit status 0: legal, 3: legal with
-remarks, 1: illegal, 2: it could not be audited.
+train_gpt.py passes itself as a module, so that the audit tests the very evaluator that made the
+score. It scores a slice of the validation text repeatedly, with adaptation, changes the text after
+some target each time, and compares the losses. Issue #1017 of openai/parameter-golf defines C1 to
+C4. The evidence goes to logs/<run>.audit.json. Exit status 0: legal; 3: legal with remarks; 1:
+illegal; 2: the artifact could not be audited.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# The rules: seconds of training and of evaluation, bytes of code and artifact.
-TRAINING_SECONDS, EVALUATION_SECONDS, TOTAL_BYTES = 600.0, 600.0, 16_000_000
+# The limits come from the repository's program: the audited program must not set its own.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train_gpt import EVALUATION_SECONDS, TOTAL_BYTES, TRAINING_SECONDS  # noqa: E402
+
 CHUNKS = 4  # of the slice: three adaptations
-REPLAYS = 3  # targets per chunk whose distribution is computed anew
-ALTERNATIVES = 32  # tokens whose loss is asked for where asking for all would take too long
-SUM_OPERATIONS = 2e10  # most of the forwards that ask for all
-LONG_SUM_OPERATIONS = 3e11  # of one such sum, after the first adaptation
-VERIFY_BYTES = 1 << 26  # shards up to this size are verified again, larger ones by their proof
-LOST_SECONDS, LOST_PART = 1.0, 0.01  # of the calendar's clock, that phases may leave unexplained
+REPLAYS = 3  # targets per chunk whose distribution is recomputed
+ALTERNATIVES = 32  # tokens whose loss is computed where the whole vocabulary would take too long
+SUM_OPERATIONS = 2e10  # limit for a sum over the whole vocabulary
+LONG_SUM_OPERATIONS = 3e11  # limit for the one such sum after the first adaptation
+VERIFY_BYTES = 1 << 26  # training shards up to this total size are verified again
+LOST_SECONDS, LOST_FRAC = 1.0, 0.01  # wall time that phases may leave unaccounted for
 CONDITIONS = (
     "C1 causality",
     "C2 normalisation",
@@ -55,7 +57,7 @@ STATUS = {"legal": 0, "legal with remarks": 3, "illegal": 1}
 
 
 class Verdict(NamedTuple):
-    """What was found about one condition. verdict: pass, remark or fail; numbers: the evidence."""
+    """The result for one condition. verdict: pass, remark or fail; numbers: the evidence."""
 
     verdict: str
     says: str
@@ -63,10 +65,10 @@ class Verdict(NamedTuple):
 
 
 class Isolation:
-    """While active, opening a training shard or a connection to a network is an error.
+    """While active, opening a training shard or a network connection is an error.
 
-    Python's audit hooks see every such call of every package; they cannot be removed again.
-    Attributes: denied, what was tried.
+    Python's audit hooks see these calls of all packages; a hook cannot be removed.
+    Attributes: denied, the denied attempts.
     """
 
     def __init__(self):
@@ -82,7 +84,7 @@ class Isolation:
         elif event == "socket.getaddrinfo":
             tried = f"the network: {args[0]}"
         elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):
-            tried = f"the network: {args[1]}"  # local sockets have a path
+            tried = f"the network: {args[1]}"  # the address of a local socket is a path
         if tried:
             self.denied.append(tried)
             raise PermissionError(f"the audit denies {tried}")
@@ -97,11 +99,11 @@ class Isolation:
 
 
 class Replay(NamedTuple):
-    """The distribution at one target, from the text before it alone.
+    """The distribution at one target, computed from the text before it only.
 
-    logs: of all probabilities, (V,), by the logits; loss: of the token that came, by them; sum: of
-    the probabilities by the losses, NaN if not all were asked for; gap: largest difference between
-    a loss and the logits.
+    logs: (V,) log probabilities from the logits; loss: from the logits, of the actual token; sum:
+    of the probabilities that the losses give, NaN without the whole vocabulary; gap: largest
+    difference between a loss and the logits.
     """
 
     logs: Tensor
@@ -111,7 +113,7 @@ class Replay(NamedTuple):
 
 
 class Subject:
-    """The artifact, a slice of its text, and fresh evaluations of it by the program's evaluator."""
+    """The artifact, a slice of its text, and evaluations of it by the program's evaluator."""
 
     def __init__(self, program: ModuleType, cfg: Any, rt: Any):
         self.program, self.rt = program, rt
@@ -128,7 +130,7 @@ class Subject:
         self.choose_slice(cfg)
 
     def choose_slice(self, cfg: Any) -> None:
-        """A slice in which a document ends, and windows and chunks small enough for it."""
+        """Choose a slice in which a document ends, and a window and chunk length that fit it."""
         total = min(cfg.audit_tokens, len(self.text.target_bytes))
         chunk = min(cfg.ttt_chunk_tokens, max(total // CHUNKS, 2))
         length = min(cfg.eval_seq_len, chunk // 2)
@@ -140,14 +142,14 @@ class Subject:
         self.tokens = self.text.tokens[first : first + total + 1]
         edges = np.flatnonzero(self.tokens[1:] == self.table.bos)
         self.document_edge = int(edges[0]) if len(edges) else total // 2
-        self.spare = np.roll(self.text.tokens, -first - total)  # text from elsewhere
+        self.spare = np.roll(self.text.tokens, -first - total)  # begins with text after the slice
         self.cfg = dataclasses.replace(
             cfg,
             eval_seq_len=length,
             eval_stride=min(cfg.eval_stride, max(length // 4, 1)),
             ttt_chunk_tokens=chunk,
             micro_batch_tokens=chunk,
-            # The learning rate falls over the declared length of the text, also if it is cut off.
+            # The learning rate schedule uses the full length, even where the text is truncated.
             ttt_train_chunks=cfg.ttt_train_chunks or -(-total // chunk),
             eval_wallclock_seconds=0.0,
         )
@@ -160,9 +162,9 @@ class Subject:
         replays: dict[int, int] | None = None,
         **changes: Any,
     ) -> Watch:
-        """Score these tokens (n + 1,) with the artifact's weights; `changes` of settings.
+        """Score (n + 1,) tokens with the artifact's weights and `changes` to the settings.
 
-        replays: targets to replay, and the tokens that forwards for a whole sum may have.
+        replays: {target to replay: token limit of the forwards for a whole sum}.
         """
         cfg, parameters = dataclasses.replace(self.cfg, **changes), self.model.named_parameters()
         with torch.no_grad():
@@ -193,9 +195,9 @@ class Subject:
 
     @torch.no_grad()
     def replay(self, tokens: np.ndarray, target: int, start: int, most: int) -> Replay:
-        """The distribution at a target by the present weights, from the text before it alone.
+        """The distribution at a target by the current weights, from the text before it only.
 
-        start: of its window; most: tokens of all forwards at which every token is asked for.
+        start: of its window; most: token limit of the forwards for the whole vocabulary.
         """
         context = torch.from_numpy(tokens[start : target + 1].astype(np.int64))
         context = context.to(self.rt.device)
@@ -216,10 +218,10 @@ class Subject:
 
 
 class Watch:
-    """Stands between the evaluator and the model in one evaluation, and takes notes.
+    """Sits between evaluator and model in one evaluation and records what happens.
 
-    Attributes: ledger, once all is scored; rows, windows that were scored, fillings left out;
-    steps, optimizer steps taken; trouble, what must not happen while text is scored.
+    Attributes: ledger, set after scoring; rows, number of windows scored, without padding; steps,
+    number of optimizer steps; trouble, violations seen during scoring.
     """
 
     def __init__(self, subject: Subject, tokens: np.ndarray, cfg: Any):
@@ -227,7 +229,7 @@ class Watch:
         self.adaptation, self.ledger, self.rows, self.steps = None, None, 0, 0
         self.trouble: list[str] = []
         self.weights = self.fingerprint()
-        # For replays: which window predicts a target is declared, not asked of the evaluator.
+        # For replays: the window of each target comes from the protocol, not from the evaluator.
         windows = subject.program.sliding_windows
         self.windows = list(windows(len(tokens) - 1, cfg.eval_seq_len, cfg.eval_stride))
         self.replaying: dict[int, int] = {}
@@ -238,7 +240,7 @@ class Watch:
 
     @contextlib.contextmanager
     def counting_steps(self) -> Iterator[None]:
-        """Count the steps of all optimizers, whoever takes them."""
+        """Count the steps of all optimizers."""
 
         def count(*_: Any) -> None:
             self.steps += 1
@@ -250,7 +252,7 @@ class Watch:
             handle.remove()
 
     def forward(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """The model; counts the windows that it scores."""
+        """Call the model and count the windows that it scores."""
         if not torch.is_grad_enabled():
             first = torch.from_numpy(self.tokens[: tokens.shape[1]].astype(np.int64))
             same = tokens[:, : len(first)] == first.to(tokens.device)
@@ -260,18 +262,18 @@ class Watch:
 
     def note_moved_weights(self) -> None:
         if self.fingerprint() != self.weights:
-            self.trouble.append("the weights changed between an adaptation and scoring")
+            self.trouble.append("the weights changed between adaptation and scoring")
             self.weights = self.fingerprint()
 
     def after_chunk(self, draw: Callable[[], np.ndarray], number: int, chunks: int) -> None:
-        """Adapt as the program does, then compute some distributions of the next chunk."""
+        """Adapt as the program does, then replay targets of the next chunk."""
         if self.adaptation is not None:
             self.adaptation(draw, number, chunks)
         self.weights = self.fingerprint()
         self.replay_chunk(number + 1)
 
     def replay_chunk(self, number: int) -> None:
-        """Replay targets of a chunk with the weights as they are before it is scored."""
+        """Replay targets of a chunk with the weights before it is scored."""
         for target, most in self.replaying.items():
             window = next(w for w in self.windows if w.stop > target)
             if window.first_scored // self.cfg.ttt_chunk_tokens == number:
@@ -280,7 +282,7 @@ class Watch:
 
 
 class Change(NamedTuple):
-    """The text with what follows a target changed; targets before `target` must not feel it."""
+    """The text, changed after a target; losses before `target` must stay the same."""
 
     how: str
     target: int
@@ -288,10 +290,10 @@ class Change(NamedTuple):
 
 
 def replay_targets(subject: Subject) -> dict[int, int]:
-    """The first and some other targets of each chunk, and what a whole sum may cost there [tokens].
+    """{target: token limit of a whole sum}, for the first and some other targets of each chunk.
 
-    After the first adaptation one sum may be long; at target 0, which has one token before it,
-    there always is one.
+    The target after the first adaptation has a higher limit. Target 0, which has one token of
+    context, always gets a whole sum.
     """
     vocabulary, model = len(subject.table.base_bytes), subject.model
     per_token = model.flops_per_token(subject.plan, subject.cfg.eval_seq_len) / 3  # forward alone
@@ -309,7 +311,7 @@ ALONE = "this one target"
 
 
 def changes(subject: Subject) -> list[Change]:
-    """Every kind of change, early and late, inside chunks and at edges of chunk and document."""
+    """Each kind of change, early and late, inside chunks and at edges of chunks and documents."""
     tokens, total, chunk = subject.tokens, len(subject.tokens) - 1, subject.cfg.ttt_chunk_tokens
     draw = np.random.default_rng([subject.cfg.seed, total])
 
@@ -330,8 +332,8 @@ def changes(subject: Subject) -> list[Change]:
     places = [
         ("random tokens", inside(0), random),
         ("another text", min(chunk, total - 1), other),
-        ("the text cut off", inside(min(1, last)), lambda target: tokens[: target + 1]),
-        ("random tokens at the edge of a document", subject.document_edge, random),
+        ("truncation", inside(min(1, last)), lambda target: tokens[: target + 1]),
+        ("random tokens at a document edge", subject.document_edge, random),
         ("another text", inside(min(2, last)), other),
     ]
     found = [Change(how, target, make(target)) for how, target, make in places if target > 0]
@@ -346,10 +348,10 @@ def changes(subject: Subject) -> list[Change]:
 def check_causality(
     base: Watch, runs: Sequence[tuple[Change, Watch]], noise: float, tolerance: float
 ) -> Verdict:
-    """C1: losses before a change of the text are those of the unchanged text.
+    """C1: losses before a change of the text equal those of the unchanged text.
 
-    Where one target alone changed, so is the distribution of that target: the loss of the token
-    that came instead is the one it had in the unchanged text.
+    If only one target is changed, its distribution must stay the same too: the loss of the new
+    token must equal the loss that this token has in the unchanged text.
     """
     worst, wrong = 0.0, []
     for change, run in runs:
@@ -365,23 +367,23 @@ def check_causality(
         worst = max(worst, gap)
         if not gap <= noise:
             first = int((gaps > noise).nonzero()[0])
-            wrong.append(f"{change.how} from target {change.target} on moved target {first}")
+            wrong.append(f"{change.how} from target {change.target} changed the loss of {first}")
     moved = [run for change, run in runs if len(run.ledger.nats) > change.target]
     if not any(
         not torch.equal(r.ledger.nats, base.ledger.nats[: len(r.ledger.nats)]) for r in moved
     ):
-        wrong.append("no change was felt anywhere: the text that was scored is not the text given")
+        wrong.append("no change affected any loss: another text than the given one was scored")
     numbers = dict(
         changes=[[change.how, change.target] for change, _ in runs],
         largest_difference=worst,
         allowed=noise,
     )
-    says = f"{len(runs)} changes of later text, adaptation on: earlier losses differ by {worst:g}"
+    says = f"{len(runs)} changes of later text, with adaptation: earlier losses differ by {worst:g}"
     return Verdict("fail" if wrong else "pass", "; ".join(wrong) or says, numbers)
 
 
 def check_normalisation(base: Watch, tolerance: float) -> Verdict:
-    """C2: distributions sum to 1 and hold the losses that were reported."""
+    """C2: distributions sum to 1 and contain the reported losses."""
     wrong, reported = [], base.ledger.nats.double()
     sums = [r.sum for r in base.replays.values() if not math.isnan(r.sum)]
     gaps = [max(r.gap, abs(r.loss - float(reported[t]))) for t, r in base.replays.items()]
@@ -390,12 +392,12 @@ def check_normalisation(base: Watch, tolerance: float) -> Verdict:
         if not abs(replay.loss - loss) <= tolerance:
             wrong.append(
                 f"target {target}: {loss:.5f} nats reported, {replay.loss:.5f} by the "
-                "distribution from the text before it"
+                "distribution given the text before it"
             )
         elif not (math.isnan(replay.sum) or abs(replay.sum - 1) <= tolerance):
             wrong.append(f"target {target}: the probabilities sum to {replay.sum:.5f}")
         elif not replay.gap <= tolerance:
-            wrong.append(f"target {target}: losses of other tokens are off the logits'")
+            wrong.append(f"target {target}: losses of other tokens disagree with the logits")
     worst = max((abs(s - 1) for s in sums), default=0.0)
     numbers = dict(
         positions=len(base.replays),
@@ -404,17 +406,17 @@ def check_normalisation(base: Watch, tolerance: float) -> Verdict:
         largest_loss_gap=max(gaps, default=0.0),
         allowed=tolerance,
     )
-    says = f"{len(base.replays)} distributions from the text before them alone hold the reported "
-    says += f"losses within {max(gaps, default=0.0):.1e}; {len(sums)} whole sums within {worst:.1e}"
+    says = f"{len(base.replays)} distributions given the text before them agree with the reported "
+    says += f"losses within {max(gaps, default=0.0):.1e}; {len(sums)} sum to 1 within {worst:.1e}"
     return Verdict("fail" if wrong else "pass", "; ".join(wrong[:3]) or says, numbers)
 
 
 def check_updates(base: Watch, still: Watch | None, static: Watch) -> Verdict:
-    """C3: text is used after its score; with the learning rate at 0 nothing moves."""
+    """C3: text is learned from after it is scored; at learning rate 0 no loss changes."""
     ledger, wrong = base.ledger, list(dict.fromkeys(base.trouble))
     early = [update for update in ledger.updates if update[1] > update[2]]
     if early:
-        wrong.append(f"text up to target {early[0][1]} used when {early[0][2]} were scored")
+        wrong.append(f"text up to target {early[0][1]} used when only {early[0][2]} were scored")
     if base.steps != len(ledger.updates):
         wrong.append(f"{base.steps} optimizer steps, {len(ledger.updates)} in the ledger")
     if still is not None and not torch.equal(still.ledger.nats, static.ledger.nats):
@@ -423,28 +425,28 @@ def check_updates(base: Watch, still: Watch | None, static: Watch) -> Verdict:
             f"at learning rate 0 the adapted losses differ from the static ones by {gap:g}"
         )
     numbers = dict(updates=len(ledger.updates), optimizer_steps=base.steps)
-    says = f"{base.steps} optimizer steps, each on scored text; learning rate 0 is the static score"
+    says = f"{base.steps} optimizer steps, all on scored text; learning rate 0 changes no loss"
     if still is None:
         says = "no adaptation"
     return Verdict("fail" if wrong else "pass", "; ".join(wrong) or says, numbers)
 
 
 def check_single_pass(base: Watch) -> Verdict:
-    """C4: every target counted once, in order, in one forward each."""
+    """C4: every target is counted once, in order, in a single forward."""
     ledger, cfg, wrong = base.ledger, base.cfg, []
     total = len(base.tokens) - 1
     once = int((ledger.times == 1).sum())
     if once != total or len(ledger.nats) != total:
-        wrong.append(f"{once} of {total} targets are counted once")
+        wrong.append(f"{once} of {total} targets are counted exactly once")
     order = hashlib.sha256(np.arange(total, dtype="<u4").tobytes()).hexdigest()
     if ledger.digests()["order_sha256"] != order:
         wrong.append("targets are not scored from left to right")
     program = base.subject.program
     windows = list(program.sliding_windows(total, cfg.eval_seq_len, cfg.eval_stride))
-    if base.rows != len(windows) - 1:  # the first also fills up forwards and is not counted
+    if base.rows != len(windows) - 1:  # the first also pads forwards, so it is not counted
         wrong.append(
             f"{base.rows} windows after the first were scored, expected {len(windows) - 1}: text "
-            "is scored more than once"
+            "is not scored exactly once"
         )
     numbers = dict(targets=total, counted_once=once, windows=base.rows + 1, order_sha256=order)
     says = f"{total} targets counted once, in order, in {len(windows)} windows"
@@ -452,39 +454,39 @@ def check_single_pass(base: Watch) -> Verdict:
 
 
 def check_bytes(subject: Subject) -> Verdict:
-    """The bytes charged for each document are those of its decoded text."""
+    """The byte count of each document is the length of its decoded text."""
     tokens, charged, table = subject.text.tokens, subject.text.target_bytes, subject.table
     if table.has_marks:
-        return Verdict("remark", "the byte sidecar is judged by data/verify_dataset.py alone")
+        return Verdict("remark", "only data/verify_dataset.py checks the byte sidecar")
     starts = np.flatnonzero(tokens == table.bos)
-    paid = np.add.reduceat(np.append(charged, 0), starts)  # each document's targets, next BOS
+    paid = np.add.reduceat(np.append(charged, 0), starts)  # of its targets and the next BOS
     tokenizer = subject.cfg.tokenizer_file
     texts = subject.program.decode_documents(tokens, tokenizer, table.bos)
     wrong, total = [], 0
     for number, (text, bytes_paid) in enumerate(zip(texts, paid.tolist(), strict=True)):
         total += len(text)
         if len(text) != bytes_paid:
-            wrong.append(f"document {number}: {bytes_paid} bytes charged, {len(text)} in its text")
-    says = f"{len(starts)} documents, {total} bytes charged and decoded"
+            wrong.append(f"document {number}: {bytes_paid} bytes counted, {len(text)} in its text")
+    says = f"{len(starts)} documents, {total} bytes counted and decoded"
     more = f"; {len(wrong) - 2} more" if len(wrong) > 2 else ""
     numbers = dict(documents=len(starts), bytes=total, wrong=len(wrong))
     return Verdict("fail" if wrong else "pass", "; ".join(wrong[:2]) + more or says, numbers)
 
 
 def check_data(program: ModuleType, cfg: Any, run: dict[str, Any]) -> Verdict:
-    """No validation document is in the training shards, by data/verify_dataset.py or its proof."""
+    """No validation document is in the training shards, by data/verify_dataset.py or its file."""
     then, settings = run.get("data", {}), run.get("config", {})
     named = {n: settings[n]["value"] for n in ("data_path", "data_dir") if n in settings}
     folder = dataclasses.replace(cfg, **named).dataset_dir
     train = list(folder.glob("fineweb_train_[0-9]*.bin"))
     if not train:
         verified = then.get("data_verified")
-        says = f"no training shards in {folder}; the run's log says data_verified: {verified}"
+        says = f"no training shards in {folder}; the log of the run says data_verified: {verified}"
         return Verdict("remark", says, dict(data_fingerprint=then.get("data_fingerprint")))
     proof = program.data_proof(folder, cfg.tokenizer_file, trains=True)
     if then.get("data_fingerprint", proof["data_fingerprint"]) != proof["data_fingerprint"]:
-        return Verdict("remark", f"{folder} is not the set that the run names", proof)
-    # Beside the program, or at the root of the repository that a record's folder lies in.
+        return Verdict("remark", f"{folder} is not the set of the run", proof)
+    # Beside the program, or in the repository that contains the record's folder.
     above = Path(program.__file__).resolve().parents[:4]
     tools = [folder / "data" / "verify_dataset.py" for folder in above]
     tool = next((tool for tool in tools if tool.exists()), None)
@@ -492,14 +494,14 @@ def check_data(program: ModuleType, cfg: Any, run: dict[str, Any]) -> Verdict:
     if small and tool:
         return verify(tool, folder, cfg.tokenizer_file, proof)
     if proof["data_verified"]:
-        return Verdict("pass", f"{folder / 'verified.json'} vouches for the shards", proof)
+        return Verdict("pass", f"{folder / 'verified.json'} matches the shards", proof)
     return Verdict(
-        "remark", f"not proven: run python data/verify_dataset.py {folder}, then audit again", proof
+        "remark", f"not proven: run python data/verify_dataset.py {folder} and audit again", proof
     )
 
 
 def verify(tool: Path, folder: Path, tokenizer: Path, proof: dict[str, Any]) -> Verdict:
-    """Run the tool on links to the set, so that nothing is written into it."""
+    """Run the tool on links to the set, so that it writes nothing to the set."""
     with tempfile.TemporaryDirectory() as place:
         for path in folder.resolve().iterdir():
             if path.suffix == ".bin" or path.name == "manifest.json":
@@ -509,27 +511,28 @@ def verify(tool: Path, folder: Path, tokenizer: Path, proof: dict[str, Any]) -> 
             [sys.executable, str(tool), place, *named], capture_output=True, text=True
         )
     if done.returncode == 0:
-        return Verdict("pass", "data/verify_dataset.py: clean, no validation document in it", proof)
+        says = "data/verify_dataset.py: clean, no validation document in the training shards"
+        return Verdict("pass", says, proof)
     rows = [line.strip() for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    said = rows or done.stderr.strip().splitlines()[-1:]  # a tool that could not run proves nothing
+    said = rows or done.stderr.strip().splitlines()[-1:]  # without rows the tool could not run
     verdict = "fail" if rows else "remark"
     return Verdict(verdict, "data/verify_dataset.py: " + "; ".join(said), proof)
 
 
 def check_training(subject: Subject, run: dict[str, Any]) -> Verdict:
-    """The weights never saw the validation text."""
+    """The weights were not trained on the validation text."""
     reasons = list(subject.header.get("invalid_for_records", ()))
     reasons += run.get("invalid_for_records", [])
     config = {name: fact["value"] for name, fact in run.get("config", {}).items()}
     if config.get("prequant_ttt_epochs"):
         epochs = config["prequant_ttt_epochs"]
         reasons.append(f"PREQUANT_TTT_EPOCHS={epochs}: fine-tuned on the validation text")
-    says = "neither header nor log of the run marks it invalid"
+    says = "neither the artifact's header nor the run's log marks it as invalid"
     return Verdict("fail" if reasons else "pass", "; ".join(dict.fromkeys(reasons)) or says)
 
 
 def check_budgets(program: ModuleType, artifact: Path, run: dict[str, Any]) -> list[Verdict]:
-    """Literal bytes, and the seconds of the run's own log."""
+    """Bytes on disk, and the seconds in the run's log."""
     code, size = program.code_bytes(), artifact.stat().st_size
     total, wrong, remarks = code + size, [], []
     if total > TOTAL_BYTES:
@@ -537,7 +540,7 @@ def check_budgets(program: ModuleType, artifact: Path, run: dict[str, Any]) -> l
     numbers: dict[str, Any] = dict(code_bytes=code, artifact_bytes=size, total_bytes=total)
     says = f"{total} of {TOTAL_BYTES} bytes"
     if run.get("artifact", {}).get("sha256") != program.file_sha256(artifact):
-        remarks.append(f"no log of the run that wrote {artifact.name}: its seconds are not proven")
+        remarks.append(f"no log of the run that wrote {artifact.name}: its seconds are unknown")
     else:
         seconds, numbers["phases"] = spent(run), run["budget"]["phases"]
         numbers |= seconds
@@ -545,14 +548,14 @@ def check_budgets(program: ModuleType, artifact: Path, run: dict[str, Any]) -> l
         for name, limit in limits.items():
             if not seconds[name] <= limit:
                 wrong.append(f"{name} took {seconds[name]:.1f} s, limit {limit:g} s")
-        lost, allowed = seconds["lost"], max(LOST_SECONDS, LOST_PART * seconds["wall"])
+        lost, allowed = seconds["lost"], max(LOST_SECONDS, LOST_FRAC * seconds["wall"])
         if not abs(lost) <= allowed:
             wrong.append(
-                f"{lost:.1f} of {seconds['wall']:.1f} s are booked nowhere: a timer was stopped"
+                f"{lost:.1f} of {seconds['wall']:.1f} s are in no phase: a timer was stopped"
             )
         says += f", training {seconds['training']:.1f} s, evaluation {seconds['evaluation']:.1f} s"
         if run["code"]["sha256"] != program.file_sha256(Path(program.__file__)):
-            remarks.append("the run was made by other code than audits it")
+            remarks.append("the run was made by other code than the audit")
     said = "; ".join(wrong) or says
     return [Verdict("fail" if wrong else "pass", said, numbers)] + [
         Verdict("remark", text) for text in remarks
@@ -560,9 +563,9 @@ def check_budgets(program: ModuleType, artifact: Path, run: dict[str, Any]) -> l
 
 
 def spent(run: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a run by its log; lost: by the calendar, but booked nowhere.
+    """Seconds of a run by its log; lost: wall time that is in no phase.
 
-    What counts is listed here again, for the program must not decide what its own limits cover.
+    The phases are listed here again: the program must not decide what its own limits cover.
     """
     phases = run["budget"]["phases"]
     started, ended = (datetime.datetime.fromisoformat(run[key]) for key in ("started", "ended"))
@@ -583,14 +586,14 @@ def spent(run: dict[str, Any]) -> dict[str, float]:
 
 
 def read_run(artifact: Path) -> dict[str, Any]:
-    """The JSON that the run left beside its artifact, or nothing."""
+    """The JSON beside the artifact of a run; empty if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(artifact.with_suffix(".json").read_text(encoding="utf-8"))
     return {}
 
 
 def judge_score(subject: Subject, log: Any) -> dict[str, Verdict]:
-    """C1 to C4, by evaluations of the slice."""
+    """Check C1 to C4 by evaluations of the slice."""
     show, exact = log.progress("audit"), subject.rt.device.type == "cpu"
     wanted, done = changes(subject), 0
     jobs = len(wanted) + 3 + (not exact)
@@ -605,7 +608,7 @@ def judge_score(subject: Subject, log: Any) -> dict[str, Verdict]:
     base = score(subject.tokens, replays=replay_targets(subject))
     tolerance = 1e-4 if subject.rt.compute_dtype == torch.float32 else 3e-2
     noise = 0.0
-    if not exact:  # kernels of a GPU add up in any order: what two equal runs differ by
+    if not exact:  # GPU kernels add in any order: allow the difference of two equal runs
         again = score(subject.tokens)
         noise = max(1e-6, 4 * float((again.ledger.nats - base.ledger.nats).abs().max()))
     runs = []
@@ -667,7 +670,7 @@ def conclude(
     facts: dict[str, Any],
     log: Any,
 ) -> int:
-    """Print the verdicts, leave the evidence, and return the exit status."""
+    """Print the verdicts, write the evidence, and return the exit status."""
     order, found, reasons = ("pass", "remark", "fail"), {}, []
     for name in CONDITIONS:
         verdicts = conditions.get(name) or [Verdict("remark", "not checked")]
@@ -680,9 +683,10 @@ def conclude(
         log.line(f"audit {name}: {worst}  {says}")
     worst = max((fact["verdict"] for fact in found.values()), key=order.index)
     verdict = dict(zip(order, STATUS, strict=True))[worst]
+    files = dict(artifact=artifact, code=Path(program.__file__), tool=Path(__file__))
     digests = {
         name: dict(bytes=path.stat().st_size, sha256=program.file_sha256(path))
-        for name, path in (("artifact", artifact), ("code", Path(program.__file__)))
+        for name, path in files.items()
     }
     log.put(verdict=verdict, reasons=reasons, conditions=found, **digests, **facts)
     log.line(f"audit verdict: {verdict}  evidence: {log.path('json')}")

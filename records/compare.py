@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compare runs stage by stage: what changed, by how much, and whether that is more than noise.
+"""Compare runs stage by stage: what changed, by how much, and whether it exceeds the noise.
 
     python records/compare.py A B ... [--out PICTURE.png]
 
-A, B, ...: folders of records, JSONs of single runs, or a submission.json. Every other one is
-compared with the first: mean difference, its standard error, and p of Welch's one-sided test that
-the other is lower. Differences between stages repeat far better from run to run than the stages.
+A, B, ...: folders of records, JSON files of single runs, or submission.json files. Each is compared
+with the first: mean difference, its standard error, and p of Welch's one-sided test that the other
+is lower. Differences between stages vary far less from run to run than the scores of the stages.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from runs import (
     Submission,
     exit_status,
     find_runs,
+    markdown_table,
     read_json,
     standard_error,
     welch,
@@ -32,10 +33,10 @@ from runs import (
 
 
 def read_stages(path: Path) -> dict[str, list[float]]:
-    """Bits per byte of all runs at a path, by stage. Raises RecordError if there are none."""
+    """{stage: bits per byte of each run at a path}. Raises RecordError if there are no runs."""
     try:
         runs = find_runs(path) if path.is_dir() else [Run.read(path)]
-    except RecordError:  # no run of ours: perhaps the figures of somebody else's
+    except RecordError:  # not a run of ours: perhaps the submission.json of another system
         path = path / "submission.json" if path.is_dir() else path
         if not path.is_file() or "seed_results" not in read_json(path):
             raise
@@ -44,7 +45,7 @@ def read_stages(path: Path) -> dict[str, list[float]]:
 
 
 def measures(stages: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """The stages, and each stage minus the one before, run by run."""
+    """The scores of the stages, and of each stage minus the one before, per run."""
     known = [name for name in STAGES if stages.get(name)]
     found = {STAGES[name][1]: list(stages[name]) for name in known}
     for before, after in itertools.pairwise(known):
@@ -60,7 +61,7 @@ Row = tuple[str, Sample, Sample, float, float | None, float | None]
 def compare(
     first: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]
 ) -> list[Row]:
-    """(measure, first, other, difference, its standard error, p) of all that both have."""
+    """(measure, first, other, difference, its standard error, p) of each measure in both."""
     rows = []
     for name in (name for name in first if name in other):
         old, new = Sample.of(first[name]), Sample.of(other[name])
@@ -71,15 +72,21 @@ def compare(
 
 
 def table(label: str, base: str, rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    lines = [f"{label} minus {base}", f"{'':<32}{'n':>7}{'difference':>12}{'error':>10}{'p':>9}"]
-    for name, old, new, difference, error, p in rows:
-        spread = "-" if error is None else f"{error:.5f}"
-        chance = "-" if p is None else f"{p:.2g}"
-        size = f"{old.n}, {new.n}"
-        lines.append(f"{name:<32}{size:>7}{difference:>+12.5f}{spread:>10}{chance:>9}")
+    """The rows as a Markdown table under a heading."""
+    cells = [
+        (
+            name,
+            f"{old.n}, {new.n}",
+            f"{difference:+.5f}",
+            "-" if error is None else f"{error:.5f}",
+            "-" if p is None else f"{p:.2g}",
+        )
+        for name, old, new, difference, error, p in rows
+    ]
+    head = ("bits per byte", "n", "difference", "standard error", "p")
+    lines = [f"{label} minus {base}", "", *markdown_table(head, cells)]
     if any(min(old.n, new.n) < 2 for _, old, new, *_ in rows):
-        lines.append(f"One side has a single run: {NOISE}.")
+        lines += ["", f"One side has a single run: {NOISE}."]
     return "\n".join(lines)
 
 
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     for path, other in zip(args.paths[1:], others, strict=True):
         rows = compare(base, other)
         if not rows:
-            raise RecordError(f"{path}: has no stage in common with {args.paths[0]}")
+            raise RecordError(f"{path}: no stage in common with {args.paths[0]}")
         print(table(str(path), str(args.paths[0]), rows), end="\n\n")
         drawn[path.name] = {name: (delta, error or 0.0) for name, _, _, delta, error, _ in rows}
     if args.out:
@@ -101,15 +108,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run with these arguments; 2 and a line on stderr for what the user can mend."""
+    """Run with these arguments; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="A B", help="folders or JSONs")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the differences too")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="A B", help="folders or JSON files")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="also draw the differences")
     args = parser.parse_args(argv)
     if len(args.paths) < 2:
-        parser.error("expected at least two folders or JSONs")
+        parser.error("expected at least two folders or JSON files")
     return exit_status(lambda: run(args))
 
 

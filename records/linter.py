@@ -1,6 +1,6 @@
-"""The linter of a record's folder: what a maintainer would check by hand before a merge.
+"""The linter for the folder of a record: what a maintainer would check before merging it.
 
-Each check is a function that adds rows to a Report. Nothing of the folder is executed.
+Each check is a function that adds rows to a Report. No code of the folder is executed.
 """
 
 from __future__ import annotations
@@ -10,64 +10,39 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import page
 from bundle import bundle, unbundle
 from runs import (
-    LIMIT_BYTES,
     LIMIT_SECONDS,
+    OWN,
+    PARTS,
+    PLACES,
     RECORD_TRACK,
     RECORDS,
     TRACKS,
     RecordError,
+    Report,
     Run,
     Submission,
     bpb_of_nats,
-    file_digest,
     find_runs,
     read_command,
     read_json,
     source_digest,
 )
 
-from train_gpt import ALIASES
+from train_gpt import ALIASES, TOTAL_BYTES, file_sha256
 
-OWN = {"seed", "run_id", "log_dir"}  # settings in which the seeds of a record differ
-PLACES = {"data_dir", "data_path", "tokenizer_path"}  # may differ from command.sh: see the data
-ROUNDING = 0.1  # seconds between two ways to add the same phases
-
-
-@dataclass
-class Report:
-    """Rows of (check, verdict, what was seen); a verdict of None is a remark."""
-
-    rows: list[tuple[str, bool | None, str]] = field(default_factory=list)
-
-    def add(self, check: str, verdict: bool | None, says: str) -> None:
-        self.rows.append((check, verdict, says))
-
-    def faults(self, check: str, problems: Sequence[str], fine: str) -> None:
-        """One row for each problem, or one that says what is fine."""
-        for problem in problems:
-            self.add(check, False, problem)
-        if not problems:
-            self.add(check, True, fine)
-
-    @property
-    def clean(self) -> bool:
-        return all(verdict is not False for _, verdict, _ in self.rows)
-
-    def text(self) -> str:
-        words = {True: "ok", False: "FAULT", None: "remark"}
-        return "\n".join(f"{words[v]:<7} {check:<11} {says}" for check, v, says in self.rows)
+ROUNDING = 0.1  # seconds by which two sums of the same phases may differ
 
 
 @dataclass(frozen=True)
 class Record:
-    """A folder as the checks see it; what is missing is None and a fault of `check_files`."""
+    """The content of a folder; missing files are None, and `check_files` reports them."""
 
     folder: Path
     runs: Sequence[Run]
@@ -94,22 +69,22 @@ class Record:
 
 
 def check_files(record: Record, report: Report) -> None:
-    """All files of a record are there, under their names."""
-    names = ["README.md", "submission.json", "train_gpt.py", "requirements.txt", "command.sh"]
+    """All files of a record exist."""
+    names = ["README.md", "submission.json", "train_gpt.py", "command.sh"]
     for run in record.runs:
         names += [f"{run.name}.json", f"{run.name}.txt", f"{run.name}.audit.json"]
     missing = [name for name in [*names, *page.PICTURES] if not (record.folder / name).is_file()]
     problems = [f"{name} is missing" for name in missing]
     track = record.folder.parent.name
     if track not in TRACKS:
-        problems.append(f"lies in {track}, expected one of {', '.join(TRACKS)}")
+        problems.append(f"the folder is in {track}, expected one of {', '.join(TRACKS)}")
     for run in record.runs:
         for suffix in ("json", "txt"):
             source = record.folder / "runs" / run.name / f"{run.name}.{suffix}"
             copy = record.folder / source.name
             if source.is_file() and copy.is_file() and source.read_bytes() != copy.read_bytes():
-                problems.append(f"{copy.name} is not what runs/{run.name} holds")
-    report.faults("files", problems, "all there")
+                problems.append(f"{copy.name} differs from the one in runs/{run.name}")
+    report.faults("files", problems, "complete")
 
 
 def check_pictures(record: Record, report: Report) -> None:
@@ -131,7 +106,7 @@ def check_pictures(record: Record, report: Report) -> None:
 
 
 def check_schema(record: Record, report: Report) -> None:
-    """submission.json has the fields of submission.schema.json."""
+    """submission.json conforms to submission.schema.json."""
     from jsonschema import Draft202012Validator
 
     if record.submission is None:
@@ -139,16 +114,16 @@ def check_schema(record: Record, report: Report) -> None:
     validator = Draft202012Validator(read_json(RECORDS / "submission.schema.json"))
     errors = sorted(validator.iter_errors(record.submission), key=lambda e: e.json_path)
     problems = [f"submission.json: {e.json_path.removeprefix('$.')}: {e.message}" for e in errors]
-    report.faults("schema", problems, "submission.json has all fields")
+    report.faults("schema", problems, "submission.json conforms to its schema")
 
 
 def check_settings(record: Record, report: Report) -> None:
-    """All seeds ran with the same settings, on the same kind of machine, and trained."""
+    """All seeds were trained with the same settings on the same kind of machine."""
     first, problems = record.runs[0], []
     for run in record.runs[1:]:
         for name in sorted(first.settings.keys() | run.settings.keys()):
             one, other = first.settings.get(name), run.settings.get(name)
-            if name not in OWN and one != other:
+            if name.upper() not in OWN and one != other:
                 problems.append(
                     f"{name.upper()} is {one} in {first.name} and {other} in {run.name}"
                 )
@@ -158,14 +133,14 @@ def check_settings(record: Record, report: Report) -> None:
                 problems.append(f"{name} is {one} in {first.name} and {other} in {run.name}")
     for run in record.runs:
         problems += [
-            f"{run.name} took its weights from {name.upper()}={run.settings[name]}"
+            f"{run.name} loaded its weights from {name.upper()}={run.settings[name]}"
             for name in ("artifact", "checkpoint")
             if run.settings.get(name)
         ]
     fits = first.facts["runtime"]["world_size"] == 8 and "H100" in first.hardware
     if record.for_record and not fits:
-        problems.append(f"ran on {first.hardware}, {RECORD_TRACK} is for 8xH100")
-    report.faults("settings", problems, f"equal in {len(record.runs)} runs on {first.hardware}")
+        problems.append(f"ran on {first.hardware}, expected 8xH100 in {RECORD_TRACK}")
+    report.faults("settings", problems, f"the same in {len(record.runs)} runs on {first.hardware}")
 
 
 def bundled(shipped: bytes, source: str) -> bool | None:
@@ -190,7 +165,7 @@ def check_code(record: Record, report: Report) -> None:
     shipped, readable = (record.folder / n for n in ("train_gpt.py", "train_gpt_readable.py"))
     if not shipped.is_file():
         return
-    digest, size = file_digest(shipped), shipped.stat().st_size
+    digest, size = file_sha256(shipped), shipped.stat().st_size
     problems = [
         f"{run.name} ran code {run.facts['code']['sha256'][:16]}... of "
         f"{run.facts['code']['bytes']:,} bytes, train_gpt.py is {digest[:16]}... of {size:,}"
@@ -211,7 +186,7 @@ def check_code(record: Record, report: Report) -> None:
 
 
 def log_lines(run: Run) -> Iterator[str]:
-    """How lines of the log begin that say what the JSON says."""
+    """Beginnings of the log lines that repeat facts of the JSON."""
     facts, settings = run.facts, run.settings
     yield f"code_bytes: {facts['code']['bytes']} code_sha256: {facts['code']['sha256']}"
     yield "runtime: " + " ".join(f"{key}={value}" for key, value in facts["runtime"].items())
@@ -229,13 +204,13 @@ def log_lines(run: Run) -> Iterator[str]:
         yield f"{name} val_loss:{stage['val_loss']:.8f} val_bpb:{stage['val_bpb']:.8f} "
     phases = facts["budget"]["phases"].items()
     yield "budget " + " ".join(f"{name}={seconds:.1f}s" for name, seconds in phases)
-    for part in page.PARTS:
+    for part in PARTS:
         yield f"budget {part}: {facts['budget'][part]['seconds']:.1f}s"
     yield "result " + " ".join(f"{key}={value}" for key, value in run.result.items())
 
 
 def check_logs(record: Record, report: Report) -> None:
-    """Every log ends with a result and says what its JSON says."""
+    """Every log ends with the result and agrees with its JSON."""
     problems = []
     for run in record.runs:
         if run.log is None:
@@ -244,41 +219,45 @@ def check_logs(record: Record, report: Report) -> None:
         lines = run.log.splitlines()
         for start in log_lines(run):
             if not any(line.startswith(start.rstrip()) for line in lines):
-                problems.append(f"{run.name}.json says {start.strip()!r}, {run.name}.txt does not")
+                problems.append(f"{run.name}.txt lacks {start.strip()!r}, {run.name}.json has it")
         if not lines or not lines[-1].startswith("result "):
             problems.append(f"{run.name}.txt does not end with its result")
-    report.faults("logs", problems, "each says what its JSON says")
+    report.faults("logs", problems, "each agrees with its JSON")
 
 
 def check_sums(record: Record, report: Report) -> None:
-    """Figures of a run that follow from others of the same run."""
+    """Figures of a run that follow from other figures of that run."""
     problems = []
     for run in record.runs:
         for name, stage in run.facts["stages"].items():
             bpb = bpb_of_nats(stage["nats"] / stage["tokens"], stage["tokens"], stage["bytes"])
             for key, value in (("val_bpb", bpb), ("val_loss", stage["nats"] / stage["tokens"])):
                 if not math.isclose(stage[key], value, rel_tol=1e-9):
-                    problems.append(f"{run.name}: {name} {key} is {stage[key]}, its sums: {value}")
+                    problems.append(
+                        f"{run.name}: {name} {key} is {stage[key]}, its sums give {value}"
+                    )
             for key in ("tokens", "bytes"):
-                if stage[key] != run.facts["data"][f"val_{key}"]:
-                    problems.append(f"{run.name}: {name} scored {stage[key]:,} {key}, not all")
+                if stage[key] != (whole := run.facts["data"][f"val_{key}"]):
+                    problems.append(f"{run.name}: {name} scored {stage[key]:,} of {whole:,} {key}")
         result, last = run.result, run.last["val_bpb"]
         if result["val_bpb"] != round(last, 8):
-            problems.append(f"{run.name}: the result is {result['val_bpb']}, its last stage {last}")
+            problems.append(f"{run.name}: the result is {result['val_bpb']}, the last stage {last}")
         if result["total_bytes"] != result["artifact_bytes"] + result["code_bytes"]:
             problems.append(f"{run.name}: total_bytes is not artifact_bytes + code_bytes")
         if result["code_bytes"] != run.facts["code"]["bytes"]:
             problems.append(f"{run.name}: code_bytes is not the size of the code that ran")
-    report.faults("sums", problems, "scores and bytes follow from their parts")
+    report.faults("sums", problems, "scores and byte counts follow from their parts")
 
 
 def check_data(record: Record, report: Report) -> None:
-    """The same verified data and scoring order in every seed, scored whole for a record."""
+    """All seeds used the same verified data and scoring order; a record scores the whole text."""
     first, problems = record.runs[0], []
     for run in record.runs:
         data = run.facts["data"]
         if data.get("data_verified") is not True:
-            problems.append(f"{run.name}: data not verified; see data/verify_dataset.py")
+            problems.append(
+                f"{run.name}: data not verified; run data/verify_dataset.py before the run"
+            )
         for key in sorted(first.facts["data"].keys() | data.keys()):
             if first.facts["data"].get(key) != data.get(key):
                 problems.append(f"{key} differs between {first.name} and {run.name}")
@@ -288,42 +267,41 @@ def check_data(record: Record, report: Report) -> None:
                 problems.append(f"{run.name} scored {name} in another order than {first.name}")
     limited = first.settings.get("val_tokens")
     if record.for_record and limited:
-        problems.append(f"VAL_TOKENS={limited}: only a part of the validation text is scored")
+        problems.append(f"VAL_TOKENS={limited}: only part of the validation text is scored")
     name = first.facts["data"].get("data_fingerprint", "not recorded")
     report.faults("data", problems, f"verified, fingerprint {name}")
     if not all("order_sha256" in stage for stage in first.facts["stages"].values()):
-        report.add("data", None, "order of scoring: not recorded")
+        report.add("data", None, "scoring order: not recorded")
 
 
 def check_budgets(record: Record, report: Report) -> None:
-    """Training and evaluation within the limits, and phases that add up."""
+    """Training and evaluation stay within the limits, and the phases add up."""
     problems, most = [], {}
     for run in record.runs:
         budget = run.facts["budget"]
         unbooked = budget.get("unbooked_seconds", 0.0)
-        for part, names in page.PARTS.items():
-            spent, said = run.seconds(part, names), budget[part]["seconds"]
-            own = budget[part]["limit"] or (LIMIT_SECONDS if record.for_record else math.inf)
-            limit = min(own, LIMIT_SECONDS) if record.for_record else own
-            booked = sum(budget["phases"].get(name, 0.0) for name in names)
+        for part in PARTS:
+            spent, said, booked = run.seconds(part), budget[part]["seconds"], run.booked(part)
+            limit = budget[part]["limit"] or math.inf
+            limit = min(limit, LIMIT_SECONDS[part]) if record.for_record else limit
             if min(abs(said - booked), abs(said - booked - unbooked)) > ROUNDING:
                 problems.append(f"{run.name}: {part} {said:.1f} s, its phases {booked:.1f} s")
             if spent > limit:
-                problems.append(f"{run.name}: {part} took {spent:.1f} s of {limit:g} s")
+                problems.append(f"{run.name}: {part} took {spent:.1f} s, the limit is {limit:g} s")
             most[part] = max(most.get(part, 0.0), spent)
         total = sum(budget["phases"].values()) + unbooked
         if abs(budget.get("wall_seconds", total) - total) > ROUNDING:
-            problems.append(f"{run.name}: phases and unbooked time are not wall_seconds")
+            problems.append(f"{run.name}: phases and unbooked time do not add up to wall_seconds")
         if "unbooked_seconds" not in budget:
             report.add("budgets", None, f"{run.name}: unbooked time: not recorded")
         if run.facts.get("ttt", {}).get("complete") is False:
-            report.add("budgets", None, f"{run.name}: adaptation stopped early, to stay in time")
+            report.add("budgets", None, f"{run.name}: adaptation stopped early to stay within time")
     says = ", ".join(f"{part} at most {seconds:.1f} s" for part, seconds in most.items())
     report.faults("budgets", problems, says)
 
 
 def check_bytes(record: Record, report: Report) -> None:
-    """The files on disk, code and artifact, are within the limit."""
+    """Code and artifact, as they are on disk, are within the limit."""
     shipped, problems, most = record.folder / "train_gpt.py", [], 0
     code = shipped.stat().st_size if shipped.is_file() else 0
     for run in record.runs:
@@ -334,18 +312,18 @@ def check_bytes(record: Record, report: Report) -> None:
         if blob.is_file():
             if blob.stat().st_size != size:
                 problems.append(f"{blob.name} has {blob.stat().st_size:,} bytes, not {size:,}")
-            elif wrote and wrote["sha256"] != file_digest(blob):
+            elif wrote and wrote["sha256"] != file_sha256(blob):
                 problems.append(f"{blob.name} is not the artifact that {run.name} wrote")
         total = max(code, run.facts["code"]["bytes"]) + size
-        if total > LIMIT_BYTES:
-            problems.append(f"{run.name}: {total:,} bytes, the limit is {LIMIT_BYTES:,}")
+        if total > TOTAL_BYTES:
+            problems.append(f"{run.name}: {total:,} bytes, the limit is {TOTAL_BYTES:,}")
         most = max(most, total)
-    report.faults("bytes", problems, f"at most {most:,} of {LIMIT_BYTES:,}")
+    report.faults("bytes", problems, f"at most {most:,} of {TOTAL_BYTES:,}")
 
 
 def check_audits(record: Record, report: Report) -> None:
-    """Every artifact has an audit of its own that found it legal."""
-    problems = []
+    """Every artifact has its own audit, which found it legal."""
+    problems, tool = [], file_sha256(RECORDS / "audit.py")
     for run in record.runs:
         problems += [f"{run.name}: invalid_for_records: {reason}" for reason in run.marks]
         audit, wrote = run.audit, run.facts.get("artifact")
@@ -357,11 +335,15 @@ def check_audits(record: Record, report: Report) -> None:
             problems.append(f"{run.name}: the audit says {verdict}: {reasons}")
         elif reasons:
             report.add("audits", None, f"{run.name}: {verdict}: {reasons}")
+        used = audit.get("tool", {}).get("sha256", "not recorded")
+        if used != tool:
+            says = f"{run.name}: audited with another audit.py (sha256 {used[:16]}), "
+            report.add("audits", None, f"{says}records/audit.py has {tool[:16]}")
         failed = [n for n, c in audit.get("conditions", {}).items() if c["verdict"] == "fail"]
         if failed and verdict != "illegal":
             problems.append(f"{run.name}: the audit says {verdict}, but {', '.join(failed)} failed")
         if audit.get("code", {}).get("sha256") != run.facts["code"]["sha256"]:
-            problems.append(f"{run.name}: audited with other code than it ran with")
+            problems.append(f"{run.name}: audited with other code than the run used")
         audited = audit.get("artifact", {})
         if wrote is None:
             report.add("audits", None, f"{run.name}: sha256 of its artifact: not recorded")
@@ -369,11 +351,11 @@ def check_audits(record: Record, report: Report) -> None:
             wrote and audited.get("sha256") != wrote["sha256"]
         ):
             problems.append(f"{run.name}: the audit is of another artifact")
-    report.faults("audits", problems, "every artifact was found legal")
+    report.faults("audits", problems, "every artifact is legal")
 
 
 def same_value(text: str, value: Any) -> bool:
-    """Whether a variable's text gives this value of a setting."""
+    """Whether the text of a variable gives this value of a setting."""
     if isinstance(value, bool):
         return text.lower() in (("1", "true") if value else ("0", "false"))
     try:
@@ -383,7 +365,7 @@ def same_value(text: str, value: Any) -> bool:
 
 
 def check_command(record: Record, report: Report) -> None:
-    """command.sh sets real settings, and is all that the runs were told."""
+    """command.sh sets existing settings, and the runs had no other variables."""
     if record.command is None:
         return
     given = {ALIASES.get(name, name.lower()): name for name in record.command}
@@ -392,13 +374,14 @@ def check_command(record: Record, report: Report) -> None:
         for setting, name in given.items():
             text, entry = record.command[name], run.facts["config"].get(setting)
             if entry is None or name != name.upper():
-                problems.append(f"command.sh: {name} is no setting of the program")
-            elif setting not in PLACES and not same_value(text, entry["value"]):
+                problems.append(f"command.sh: {name} is not a setting")
+            elif setting.upper() not in PLACES and not same_value(text, entry["value"]):
                 problems.append(f"command.sh: {name}={text}, {run.name} ran with {entry['value']}")
         for setting, entry in run.facts["config"].items():
-            if entry["source"] == "environment" and setting not in OWN | PLACES | given.keys():
+            known = setting in given or setting.upper() in (*OWN, *PLACES)
+            if entry["source"] == "environment" and not known:
                 problems.append(
-                    f"{run.name}: {setting.upper()}={entry['value']} was set, not by command.sh"
+                    f"{run.name}: {setting.upper()}={entry['value']} was set, but not by command.sh"
                 )
     text = (record.folder / "command.sh").read_text(encoding="utf-8")
     if found := re.search(r"nproc_per_node=(\d+)", text):
@@ -406,21 +389,21 @@ def check_command(record: Record, report: Report) -> None:
         if int(found[1]) != ranks:
             problems.append(f"command.sh starts {found[1]} processes, the runs had {ranks}")
     problems = list(dict.fromkeys(problems))
-    report.faults("command", problems, "real settings, as the runs had them")
+    report.faults("command", problems, "the runs had the settings of command.sh")
 
 
 NUMBER = re.compile(r"(?<![\w#./%-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?=(?:ms|s|kB|MB|MiB)?(?![\w/]))")
 
 
 def numbers(text: str) -> Iterator[tuple[str, float]]:
-    """(as written, value) of the numbers in a text; no names (int6, #1493), dates or paths."""
+    """(as written, value) of the numbers in a text, except in names (int6, #1493), dates, paths."""
     for match in NUMBER.finditer(text):
         written = match[0].rstrip(",")
         yield written, float(written.replace(",", ""))
 
 
 def check_hand(record: Record, report: Report, known_text: str) -> None:
-    """Numbers in what was written by hand occur, perhaps with more digits, in log or JSON."""
+    """Numbers in texts written by hand occur in log or JSON, perhaps with more digits."""
     if record.readme is None or record.submission is None:
         return
     known, problems = [value for _, value in numbers(known_text)], []
@@ -433,22 +416,22 @@ def check_hand(record: Record, report: Report, known_text: str) -> None:
             digits = len(written.partition(".")[2])
             half = 0.5000001 * 10.0**-digits if "." in written else 0.0
             if not any(abs(value - other) <= half for other in known):
-                problems.append(f"{where}: {written} occurs in no log or JSON of the runs")
-    report.faults("figures", problems, "those written by hand occur in log or JSON")
+                problems.append(f"{where}: {written} is not in any log or JSON of the runs")
+    report.faults("figures", problems, "figures written by hand occur in log or JSON")
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[str]:
-    """Where two JSON values differ, by path."""
+    """Yield a sentence for each difference of two JSON values."""
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         for key in [*expected, *(key for key in found if key not in expected)]:
             path = f"{where}.{key}" if where else str(key)
             yield from differences(found.get(key), expected.get(key), path)
     elif found != expected:
-        yield f"submission.json: {where} is {found}, the runs say {expected}"
+        yield f"submission.json: {where} is {found}, the runs give {expected}"
 
 
 def check_figures(record: Record, report: Report) -> None:
-    """README.md and submission.json are what the runs give, made again."""
+    """README.md and submission.json equal those that `finish` would write."""
     if record.submission is None or record.readme is None or record.command is None:
         return
     folder, runs, submission = record.folder, record.runs, record.submission
@@ -469,7 +452,7 @@ def check_figures(record: Record, report: Report) -> None:
             problems.append(f"README.md line {number}: {line!r} does not follow from the runs")
     problems += [f"README.md lacks the line {line!r}" for line in expected if line in spare]
     if not problems and lines != expected:
-        problems.append("README.md: its lines stand in another order; run finish again")
+        problems.append("README.md: its lines are in another order; run finish again")
     report.faults("figures", problems, "README.md and submission.json follow from the runs")
     known = [json.dumps(run.facts) + (run.log or "") for run in runs]
     check_hand(record, report, " ".join([*known, json.dumps(again), str(record.command)]))
@@ -495,14 +478,14 @@ CHECKS: tuple[Callable[[Record, Report], None], ...] = (
 
 
 def lint(folder: Path) -> Report:
-    """Run every check on a folder. Raises RecordError if it holds no readable runs."""
+    """Run every check on a folder. Raises RecordError if it does not contain readable runs."""
     report, doing = Report(), "the runs"
     try:
         record = Record.read(folder)
         for check in CHECKS:
             doing = check.__name__
             check(record, report)
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape than ours
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another structure
         raise RecordError(
             f"{folder}: {doing} cannot read a JSON ({error!r}); copy the files of the runs again"
         ) from error

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Make a folder of records/ from runs, without copying a figure by hand.
+"""Make the folder of a record from its runs, without copying figures by hand.
 
     python records/make_record.py new NAME [--track TRACK] [VARIABLE=VALUE ...]
     python records/make_record.py finish FOLDER --author A --github-id B --blurb TEXT
     python records/make_record.py check FOLDER
     python records/make_record.py index [--check]
 
-`new` makes the folder and prints what to run; `finish` reads the runs and writes README.md,
-submission.json and pictures; `check` is the linter (status 0 clean, 1 not, 2 cannot check); `index`
-writes records/README.md above its mark, or says whether it is up to date.
+`new` makes the folder and prints the commands to run; `finish` reads the runs and writes README.md,
+submission.json and the pictures; `check` is the linter (exit status 0: clean, 1: not clean, 2:
+could not check); `index` writes records/README.md above its mark, or checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ import page
 from bundle import bundle
 from linter import lint
 from runs import (
+    OWN,
+    PLACES,
     RECORD_TRACK,
     RECORDS,
+    ROOT,
     TRACKS,
     RecordError,
     Run,
@@ -44,9 +47,6 @@ from runs import (
 
 from train_gpt import SMOKE, Config, atomic_write
 
-ROOT = RECORDS.parent
-OWN = ("SEED", "RUN_ID", "LOG_DIR")  # the loop over the seeds sets them
-PLACES = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "CHECKPOINT", "ARTIFACT")
 MARK = "<!-- Above: written by `make_record.py index`. Below: by hand, kept as it is. -->"
 
 
@@ -54,9 +54,9 @@ MARK = "<!-- Above: written by `make_record.py index`. Below: by hand, kept as i
 
 
 def chosen_variables(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """The variables of a record: of another one, then those given. Paths count from the folder.
+    """The variables of a record: those of --from, then the given ones. Paths: from the folder.
 
-    Raises: RecordError or ConfigError that lists all that cannot be used.
+    Raises: RecordError or ConfigError that lists every problem.
     """
     given = read_command(args.source / "command.sh") if args.source else {}
     given |= {name: str(args.source / given[name]) for name in PLACES if given.get(name)}
@@ -66,7 +66,7 @@ def chosen_variables(args: argparse.Namespace, folder: Path) -> dict[str, str]:
         if not (equals and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
             problems.append(f"{pair}: expected VARIABLE=VALUE")
         given[name] = value
-    problems += [f"{name}: the loop over the seeds sets it" for name in OWN if name in given]
+    problems += [f"{name}: the loop over the seeds sets it" for name in sorted(OWN & given.keys())]
     if problems:
         raise RecordError("\n".join(problems))
     cfg = Config.from_env({**given, "WORLD_SIZE": str(args.nproc)}, cuda=True)
@@ -83,20 +83,18 @@ def chosen_variables(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def new(args: argparse.Namespace) -> int:
-    """Make the folder of a record, whole or not at all, and say what to run."""
+    """Make the folder of a record, completely or not at all, and print the commands to run."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", args.name):
         raise RecordError(f"{args.name}: expected a name of letters, digits, - and _")
     folder = RECORDS / args.track / f"{datetime.date.today()}_{args.name}"
     if folder.exists():
-        raise RecordError(f"{folder}: exists; choose another name or remove it")
+        raise RecordError(f"{folder}: already exists; choose another name or remove the folder")
     variables = chosen_variables(args, folder)
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     title, last = f"# {args.name}: what differs from the defaults.", page.start_line(args.nproc)
     files = {
         "command.sh": "\n".join([title, *exports, f"# {last}", ""]).encode(),
-        "requirements.txt": (ROOT / "requirements.txt").read_bytes(),
-        "audit.py": Path(__file__).with_name("audit.py").read_bytes(),
         "train_gpt.py": source.encode(),
     }
     if not args.no_bundle:
@@ -123,7 +121,7 @@ def new(args: argparse.Namespace) -> int:
 
 
 def said_by_hand(args: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """What people say of the record: from the arguments, or as it was said before."""
+    """The fields that are written by hand: from the arguments, or from an earlier `finish`."""
     path = folder / "submission.json"
     before = read_json(path) if path.is_file() else {}
     said = {key: getattr(args, key, None) or before.get(key, "") for key in page.BY_HAND}
@@ -131,14 +129,12 @@ def said_by_hand(args: argparse.Namespace, folder: Path) -> dict[str, str]:
         said["comparison_baseline_path"] = os.path.relpath(args.predecessor, folder)
     for key in ("author", "github_id", "blurb"):
         if not said[key]:
-            raise RecordError(
-                f"finish: --{key.replace('_', '-')} is missing; submission.json has it"
-            )
+            raise RecordError(f"finish: --{key.replace('_', '-')} is missing; add it")
     return said
 
 
 def draw_pictures(runs: Sequence[Run], folder: Path) -> None:
-    """The four pictures of a record."""
+    """Draw the four pictures of a record."""
     import pictures
 
     pictures.draw_loss(runs, folder / "loss.png")
@@ -148,11 +144,11 @@ def draw_pictures(runs: Sequence[Run], folder: Path) -> None:
 
 
 def finish(args: argparse.Namespace) -> int:
-    """Write what a record's folder says about its runs; the runs stay as they are."""
+    """Write README.md, submission.json, pictures and copies of the runs to a record's folder."""
     folder = args.folder.resolve()
     runs = find_runs(folder)
     if marked := [f"{run.path}: {reason}" for run in runs for reason in run.marks]:
-        raise RecordError("\n".join(f"{line}; no record" for line in marked))
+        raise RecordError("\n".join(f"{line}; it cannot be a record" for line in marked))
     said = said_by_hand(args, folder)
     place = said["comparison_baseline_path"]
     old = Submission.read(folder / place) if place else None
@@ -177,18 +173,18 @@ def finish(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print the table of the linter; 0 clean, 1 not."""
+    """Print the report of the linter; returns the exit status."""
     report = lint(args.folder)
     print(report.text())
     print(f"{args.folder}: {'clean' if report.clean else 'NOT clean'}")
-    return 0 if report.clean else 1
+    return report.status
 
 
 # --- index ---
 
 
 def own_submission(folder: Path) -> Submission | None:
-    """What a record's folder holds: its submission.json, else its runs; None without any run."""
+    """The submission.json of a folder, else one made of its runs; None without runs."""
     if (folder / "submission.json").is_file():
         return Submission.read(folder)
     if not any(folder.glob("seed*.json")):
@@ -205,11 +201,11 @@ def own_submission(folder: Path) -> Submission | None:
 
 
 def index_rows(track: str) -> Iterator[list[str]]:
-    """The cells of each row of a track, by hardware and score: our runs and published systems."""
+    """The rows of a track, sorted by hardware and score: our runs and published systems."""
     entries = []
     for folder in sorted((RECORDS / track).glob("*/")):
         if sub := own_submission(folder):
-            entries.append((sub, f"{track}/{folder.name}/README.md", "log and JSON there"))
+            entries.append((sub, f"{track}/{folder.name}/README.md", "log and JSON in the folder"))
     for path in sorted((RECORDS / "published").glob("*.json")):
         sub = Submission.read(path)
         if sub.track == track:
@@ -230,38 +226,35 @@ def index_rows(track: str) -> Iterator[list[str]]:
 
 INTRODUCTION = """# Records
 
-What this program has been seen to do, and what others published. Every figure of ours has a log
-and a JSON in its folder; a figure without a log is not here. Mean \u00b1 sample standard deviation
-of n runs; bytes are code and artifact together, the most of any run. Scores compare with each other
-on the same text alone; targets are its tokens, by the tokenizer of each system.
+Scores of this program and scores that others published. Each of our figures has a log and a JSON
+in its folder. Scores are mean \u00b1 sample standard deviation of n runs; bytes are code plus
+artifact, of the largest run; targets are the scored tokens, which depend on the tokenizer. Scores
+are comparable on the same text only.
 """
 
 
 def make_index() -> str:
-    """The part of records/README.md that follows from the folders."""
+    """The generated part of records/README.md."""
     ours = [own_submission(f) for track in TRACKS for f in sorted((RECORDS / track).glob("*/"))]
     lines = [INTRODUCTION]
     if not any(sub and sub.facts.get("cuda_version") for sub in ours):
-        lines += [
-            "Nothing of ours has been run on a GPU yet: no figure for one is claimed here.",
-            "",
-        ]
+        lines += ["None of our runs used a GPU yet, so none of our figures is for a GPU.", ""]
     for track in TRACKS:
-        head = ["what", "bpb", "n", "bytes", "targets", "hardware", "where from"]
+        head = ["system", "bpb", "n", "bytes", "targets", "hardware", "source"]
         lines += [f"## {track}", "", *markdown_table(head, list(index_rows(track))), ""]
     return "\n".join([*lines, MARK])
 
 
 def index(args: argparse.Namespace) -> int:
-    """Write the top of records/README.md, or with --check say whether it is what would be written.
+    """Write the top of records/README.md, or with --check compare it with what would be written.
 
-    What follows the mark is written by hand and stays.
+    The text after the mark is written by hand and kept.
     """
     path = RECORDS / "README.md"
     text = path.read_text(encoding="utf-8")
     _, found, by_hand = text.partition(MARK)
     if not found:
-        raise RecordError(f"{path}: has no line {MARK!r}; put it above what is written by hand")
+        raise RecordError(f"{path}: lacks the line {MARK!r}; add it above the text written by hand")
     again = make_index() + by_hand
     if not args.check:
         atomic_write(path, again.encode())
@@ -270,18 +263,18 @@ def index(args: argparse.Namespace) -> int:
     stale = [f"- {line}" for line in lines if line not in expected]
     stale += [f"+ {line}" for line in expected if line not in lines]
     if text != again:
-        print("\n".join(stale or ["its lines stand in another order"]))
+        print("\n".join(stale or ["its lines are in another order"]))
         print(f"{path}: out of date; run python records/make_record.py index")
     return int(text != again)
 
 
 def seed_list(text: str) -> list[int]:
-    """`42,314,999` as numbers."""
+    """Parse `42,314,999`."""
     return [int(word) for word in text.split(",")]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -291,28 +284,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sub.add_argument("name", metavar="NAME", help="letters, digits, - and _")
     sub.add_argument("variables", nargs="*", metavar="VARIABLE=VALUE", help="settings of the runs")
     sub.add_argument("--track", choices=TRACKS, default=RECORD_TRACK)
-    sub.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="its command.sh")
-    sub.add_argument("--nproc", type=int, default=8, help="processes of a run (default 8)")
+    sub.add_argument(
+        "--from", dest="source", type=Path, metavar="FOLDER", help="start from its command.sh"
+    )
+    sub.add_argument("--nproc", type=int, default=8, help="processes per run (default 8)")
     sub.add_argument("--seeds", type=seed_list, default=[42, 314, 999], metavar="N,N,...")
     sub.add_argument("--no-bundle", action="store_true", help="ship the readable source itself")
     sub = commands.add_parser("finish", help="write README.md, submission.json and pictures")
     sub.set_defaults(job=finish)
     sub.add_argument("folder", type=Path, metavar="FOLDER")
-    sub.add_argument("--author", help="who made it")
-    sub.add_argument("--github-id", help="their name on GitHub")
-    sub.add_argument("--blurb", help="one sentence on what is new")
+    sub.add_argument("--author", help="who made the record")
+    sub.add_argument("--github-id", help="name on GitHub")
+    sub.add_argument("--blurb", help="one sentence about what is new")
     sub.add_argument("--predecessor", type=Path, help="folder or JSON of the record to beat")
-    sub = commands.add_parser("check", help="the linter")
+    sub = commands.add_parser("check", help="run the linter")
     sub.set_defaults(job=check)
     sub.add_argument("folder", type=Path, metavar="FOLDER")
     sub = commands.add_parser("index", help="write the tables of records/README.md")
     sub.set_defaults(job=index)
-    sub.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    sub.add_argument("--check", action="store_true", help="only check that they are up to date")
     args, rest = parser.parse_known_args(argv)
     if args.job is not new or any(word.startswith("-") for word in rest):
-        args = parser.parse_args(argv)  # which says what is wrong
+        args = parser.parse_args(argv)  # reports the error
     else:
-        args.variables += rest  # those that stand behind an option
+        args.variables += rest  # variables after an option
     return args
 
 

@@ -1,6 +1,6 @@
-"""What a record's folder says about its runs: submission.json and README.md, both pure functions.
+"""The texts of a record's folder, submission.json and README.md, as pure functions of its runs.
 
-`finish` writes them and `check` makes them again, so a figure edited by hand is found.
+`finish` writes them and `check` generates them again to find figures that were edited by hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from runs import (
-    LIMIT_BYTES,
     LIMIT_SECONDS,
     MARGIN_NATS,
     P_LIMIT,
+    PARTS,
     STAGES,
     Run,
     Sample,
@@ -26,21 +26,20 @@ from runs import (
     read_command,
 )
 
-from train_gpt import Budget
+from train_gpt import TOTAL_BYTES
 
-# What people say of a record; everything else in submission.json follows from its runs.
+# Fields of submission.json that are written by hand; all others follow from the runs.
 BY_HAND = ("author", "github_id", "blurb", "comparison_baseline_path")
 HAND_HEADING, NEXT_HEADING = "## What it is", "## Command"
-PARTS = {"training": Budget.TRAINING, "evaluation": Budget.EVALUATION}
-PICTURES = {  # name of the file: caption
-    "loss.png": "Training loss over time, one line for each seed.",
+PICTURES = {  # file name: caption
+    "loss.png": "Training loss over time, one line per seed.",
     "stages.png": "Bits per byte by stage, mean of the seeds.",
-    "bytes.png": "Bytes against the limit, largest seed.",
-    "time.png": "Seconds by phase against both limits, slowest seed.",
+    "bytes.png": "Bytes and their limit, largest seed.",
+    "time.png": "Seconds by phase and both limits, slowest seed.",
 }
 GROUPS = (
-    "Bytes by group of tensors: the order-0 entropy of their codes, and their scales, scaled so "
-    "that all groups together are the artifact's bytes on disk."
+    "Bytes of a group of tensors: the order-0 entropy of its codes, plus its scales, scaled so "
+    "that all groups add up to the size of the artifact on disk."
 )
 
 
@@ -57,8 +56,8 @@ def seed_facts(run: Run) -> dict[str, Any]:
         bytes_total=result["total_bytes"],
         steps=result["steps"],
         step_avg_ms=round(1e3 * train / max(result["steps"], 1), 2),
-        train_wallclock_ms=round(1e3 * run.seconds("training", PARTS["training"])),
-        eval_time_s=round(run.seconds("evaluation", PARTS["evaluation"]), 1),
+        train_wallclock_ms=round(1e3 * run.seconds("training")),
+        eval_time_s=round(run.seconds("evaluation"), 1),
         val_tokens=run.facts["data"]["val_tokens"],
         val_bytes=run.facts["data"]["val_bytes"],
         audit=run.audit["verdict"] if run.audit else "missing",
@@ -68,7 +67,7 @@ def seed_facts(run: Run) -> dict[str, Any]:
 def make_submission(
     folder: Path, runs: Sequence[Run], by_hand: Mapping[str, Any], old: Submission | None
 ) -> dict[str, Any]:
-    """submission.json of a folder <track>/<date>_<Name>: its schema is submission.schema.json."""
+    """submission.json of a folder <track>/<date>_<Name>; schema: submission.schema.json."""
     date, _, name = folder.name.partition("_")
     seeds = {str(run.seed): seed_facts(run) for run in runs}
     bpb, loss, size = (
@@ -76,7 +75,7 @@ def make_submission(
         for key in ("val_bpb", "val_loss", "artifact_bytes")
     )
     first = runs[0].facts
-    worst = {part: max(run.seconds(part, names) for run in runs) for part, names in PARTS.items()}
+    worst = {part: max(run.seconds(part) for run in runs) for part in PARTS}
     total = max(facts["bytes_total"] for facts in seeds.values())
     return dict(
         **{key: by_hand.get(key, "") for key in BY_HAND},
@@ -100,9 +99,9 @@ def make_submission(
         tokenizer_sha256=first["data"]["tokenizer_sha256"],
         data_fingerprint=first["data"].get("data_fingerprint"),
         compliance=dict(
-            artifact_under_16mb=total <= LIMIT_BYTES,
-            train_under_600s=worst["training"] <= LIMIT_SECONDS,
-            eval_under_600s=worst["evaluation"] <= LIMIT_SECONDS,
+            artifact_under_16mb=total <= TOTAL_BYTES,
+            train_under_600s=worst["training"] <= LIMIT_SECONDS["training"],
+            eval_under_600s=worst["evaluation"] <= LIMIT_SECONDS["evaluation"],
             data_verified=all(run.facts["data"].get("data_verified") is True for run in runs),
             audited=all((run.audit or {}).get("verdict", "illegal") != "illegal" for run in runs),
         ),
@@ -111,7 +110,7 @@ def make_submission(
 
 
 def results_table(submission: Mapping[str, Any]) -> list[str]:
-    """One row for each seed, then mean and sample standard deviation."""
+    """One row per seed, then mean and sample standard deviation."""
     seeds = submission["seed_results"]
     shown = [s for s in STAGES.values() if all(s[0] in facts for facts in seeds.values())]
     columns: list[tuple[str, str, Callable[[float], str]]] = [
@@ -130,11 +129,12 @@ def results_table(submission: Mapping[str, Any]) -> list[str]:
 
 
 def claim_lines(submission: Mapping[str, Any], tokens: int, size: int) -> list[str]:
-    """The comparison with the predecessor, in words."""
+    """The section on the claim: comparison with the predecessor."""
     n, margin = len(submission["seeds"]), submission["margin_bpb"]
     lines = [
-        f"A claim needs p < {P_LIMIT} in Welch's one-sided test and a gain of {MARGIN_NATS} nats "
-        f"per token: {MARGIN_NATS} / ln 2 x {tokens:,} tokens / {size:,} bytes = {margin:.8f} bpb.",
+        f"A claim requires p < {P_LIMIT} in Welch's one-sided test and a gain of {MARGIN_NATS} "
+        f"nats per token: {MARGIN_NATS} / ln 2 x {tokens:,} tokens / {size:,} bytes = "
+        f"{margin:.8f} bpb.",
         "",
     ]
     if submission.get("comparison_baseline_bpb"):
@@ -164,33 +164,33 @@ def claim_lines(submission: Mapping[str, Any], tokens: int, size: int) -> list[s
 
 
 def budget_table(runs: Sequence[Run]) -> list[str]:
-    """Seconds of each seed against the limits of its run, and what no phase booked."""
+    """Seconds of each seed, with the limits of its run, and time that is in no phase."""
     rows = []
     for run in runs:
         budget = run.facts["budget"]
         cells = [str(run.seed)]
-        for part, names in PARTS.items():
+        for part in PARTS:
             limit = budget[part]["limit"]
             of = f"of {limit:g}" if limit else "without a limit"
-            cells.append(f"{run.seconds(part, names):.1f} {of}")
+            cells.append(f"{run.seconds(part):.1f} {of}")
         for key in ("unbooked_seconds", "wall_seconds"):
             seconds = round(budget[key], 1) + 0.0 if key in budget else None  # never -0.0
             cells.append("not recorded" if seconds is None else f"{seconds:.1f}")
         verdict = run.audit["verdict"] if run.audit else "missing"
         rows.append([*cells, verdict])
-    names = ["training [s]", "evaluation [s]", "of these unbooked [s]", "whole run [s]", "audit"]
+    names = ["training [s]", "evaluation [s]", "in no phase [s]", "whole run [s]", "audit"]
     return markdown_table(["seed", *names], rows)
 
 
 def start_line(processes: int) -> str:
-    """How the program is started on so many devices of one machine."""
+    """The command that starts the program with so many processes on one machine."""
     if processes == 1:
         return "python train_gpt.py"
     return f"torchrun --standalone --nproc_per_node={processes} train_gpt.py"
 
 
 def instructions(seeds: Sequence[int], processes: int, folder: Path) -> list[str]:
-    """What to type, in the record's folder, from the first run to the check."""
+    """The commands from the first run to the check, for a shell in the record's folder."""
     program = os.path.relpath(Path(__file__).with_name("make_record.py"), folder)
     listed = " ".join(map(str, seeds))
     files = "RUN_ID=seed$seed LOG_DIR=runs/seed$seed"
@@ -207,7 +207,7 @@ def instructions(seeds: Sequence[int], processes: int, folder: Path) -> list[str
 def make_readme(
     folder: Path, runs: Sequence[Run], submission: Mapping[str, Any], by_hand: str
 ) -> str:
-    """README.md of a folder; by_hand is the text under "What it is"."""
+    """README.md of a folder; by_hand: the text under "What it is"."""
     facts, variables = runs[0].facts, read_command(folder / "command.sh")
     data, runtime = facts["data"], facts["runtime"]
     mean, std = submission["val_bpb"], submission["val_bpb_std"]
@@ -235,7 +235,7 @@ def make_readme(
         "",
         *results_table(submission),
         "",
-        "Bits per byte by stage, of which the last is the result; its nats per token.",
+        "Bits per byte by stage; the last stage is the result, also given in nats per token.",
         "",
         "## Claim",
         "",
@@ -246,7 +246,7 @@ def make_readme(
         *budget_table(runs),
         "",
         f"Code {facts['code']['bytes']:,} bytes; code and largest artifact "
-        f"{submission['bytes_total']:,} of {LIMIT_BYTES:,}.",
+        f"{submission['bytes_total']:,} of {TOTAL_BYTES:,}.",
         "",
         "## Data and machine",
         "",
@@ -267,11 +267,11 @@ def make_readme(
 
 
 def to_json(submission: Mapping[str, Any]) -> bytes:
-    """The bytes of submission.json."""
+    """The content of the file submission.json."""
     return (json.dumps(submission, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def hand_text(readme: str) -> str:
-    """What was written by hand under "What it is"."""
+    """The text under "What it is", which is written by hand."""
     _, found, rest = readme.partition(HAND_HEADING + "\n")
     return rest.partition(NEXT_HEADING + "\n")[0].strip() if found else ""

@@ -1,7 +1,7 @@
-"""Reading what runs and submissions say, and what may be concluded from it.
+"""Read runs and submissions, and test whether one beats another.
 
-A Run is the JSON and log that train_gpt.py leaves. A Submission is any submission.json of this
-field, whatever its dialect. Samples of bits per byte are compared by Welch's test.
+A Run is the JSON and log that train_gpt.py writes. A Submission is any submission.json of this
+field, in any of its formats. Samples of bits per byte are compared by Welch's test.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).resolve().parent
-sys.path[:0] = [str(RECORDS.parent), str(RECORDS)]
-from train_gpt import UserError  # noqa: E402
+ROOT = RECORDS.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from report import Report, exit_status  # noqa: E402, F401 -- for the other tools of this folder
+
+from train_gpt import EVALUATION_SECONDS, TRAINING_SECONDS, Budget, UserError  # noqa: E402
 
 RECORD_TRACK, OTHER_TRACK = TRACKS = ("track_10min_16mb", "track_non_record_16mb")
-LIMIT_BYTES, LIMIT_SECONDS = 16_000_000, 600.0  # of the competition
-MARGIN_NATS, P_LIMIT = 0.005, 0.01  # what a claim must show, per token
-NOISE = "run-to-run noise is about 0.0003 to 0.001 bpb, and n = 1 shows nothing smaller"
+# The parts of a run that have a time limit: their phases, and the limits of the competition.
+PARTS = {"training": Budget.TRAINING, "evaluation": Budget.EVALUATION}
+LIMIT_SECONDS = {"training": TRAINING_SECONDS, "evaluation": EVALUATION_SECONDS}
+OWN = {"SEED", "RUN_ID", "LOG_DIR"}  # variables in which the seeds of a record differ
+PLACES = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "CHECKPOINT", "ARTIFACT")  # paths
+MARGIN_NATS, P_LIMIT = 0.005, 0.01  # requirements of a claim; the margin is per token
+NOISE = "run-to-run noise is about 0.0003 to 0.001 bpb, so n = 1 cannot show a smaller difference"
 # Stage of a run: (its field in seed_results, its name in a table).
 STAGES = {
     "pre-quantization post-ema": ("pre_quant_val_bpb", "before quantization"),
@@ -40,7 +47,7 @@ class RecordError(UserError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises RecordError if there is none."""
+    """The object in a JSON file. Raises RecordError if the file does not contain one."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -48,24 +55,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RecordError(f"{path}: not JSON ({error}); copy the file again") from error
     if not isinstance(facts, dict):
-        raise RecordError(f"{path}: holds a {type(facts).__name__}, expected a JSON object")
+        raise RecordError(f"{path}: found a {type(facts).__name__}, expected a JSON object")
     return facts
 
 
-def exit_status(job: Callable[[], int]) -> int:
-    """Run a tool: its own status, or 2 after one line on stderr for what the user can mend."""
-    try:
-        return job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}", file=sys.stderr)
-    return 2
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table; the first column is left aligned, the others right aligned."""
+    rule = ["---"] + ["--:"] * (len(head) - 1)
+    lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+    return [line.replace("|  |", "| |") for line in lines]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -77,7 +75,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
 
 @dataclass(frozen=True)
 class Run:
-    """One run of train_gpt.py: the facts of its JSON, its log and its audit, None where missing."""
+    """A run of train_gpt.py: facts of its JSON, its log and its audit; None if missing."""
 
     path: Path
     facts: Mapping[str, Any]
@@ -86,15 +84,15 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """A run by its JSON; log and audit lie beside it. Raises RecordError if it did not end."""
+        """Read a run: JSON, log and audit. Raises RecordError if the run did not finish."""
         facts = read_json(path)
         log, audit = path.with_suffix(".txt"), path.with_suffix(".audit.json")
         for key in ("config", "code", "data", "stages", "budget", "result"):
             if not isinstance(facts.get(key), dict):
-                why = facts.get("error", "the run did not end")
-                raise RecordError(f"{path}: no {key} ({why}); run that seed again or remove it")
+                why = facts.get("error", "the run did not finish")
+                raise RecordError(f"{path}: lacks {key} ({why}); run that seed again or remove it")
         if not isinstance(facts["result"].get("seed"), int):
-            raise RecordError(f"{path}: its result names no seed; copy the file again")
+            raise RecordError(f"{path}: the result lacks a seed; copy the file again")
         return cls(
             path,
             facts,
@@ -121,7 +119,7 @@ class Run:
 
     @property
     def bpb(self) -> dict[str, float]:
-        """Bits per byte of each stage, in order."""
+        """{stage: bits per byte}, in order."""
         return {name: stage["val_bpb"] for name, stage in self.facts["stages"].items()}
 
     @property
@@ -136,41 +134,46 @@ class Run:
 
     @property
     def marks(self) -> list[str]:
-        """Why the run can be no record; empty if it can."""
+        """Why the run cannot be a record; empty if it can."""
         marked = self.result.get("invalid_for_records")
         return list(self.facts.get("invalid_for_records") or []) or ["marked"] * bool(marked)
 
-    def seconds(self, part: str, phases: Sequence[str]) -> float:
-        """What a limit is charged with: as reported or, if more, its phases and unbooked time."""
+    def booked(self, part: str) -> float:
+        """Seconds in the phases of a part."""
+        phases = self.facts["budget"]["phases"]
+        return sum(phases.get(name, 0.0) for name in PARTS[part])
+
+    def seconds(self, part: str) -> float:
+        """Seconds that count against the limit of a part, with all time that is in no phase."""
         budget = self.facts["budget"]
-        booked = sum(budget["phases"].get(name, 0.0) for name in phases)
-        return max(budget[part]["seconds"], booked + budget.get("unbooked_seconds", 0.0))
+        lost = budget.get("unbooked_seconds", 0.0)
+        return max(budget[part]["seconds"], self.booked(part) + lost)
 
 
 def find_runs(folder: Path, *, copies: bool = False) -> list[Run]:
-    """The runs of a record by seed: those under runs/, else the copies beside its README.
+    """The runs of a record, sorted by seed: those in runs/, else the copies beside its README.
 
     Args:
-        copies: look only at the copies.
-    Raises: RecordError if there is none, one did not end, or one has another seed than its name.
+        copies: use the copies only.
+    Raises: RecordError if there are none, or one did not finish or is named after another seed.
     """
     found = [] if copies else [p for p in folder.glob("runs/*/*.json") if p.stem == p.parent.name]
     found = [Run.read(p) for p in found or folder.glob("seed*.json") if ".audit." not in p.name]
     for run in found:
         if run.name != f"seed{run.seed}":
             raise RecordError(
-                f"{run.path}: a run of seed {run.seed}, expected it as seed{run.seed}; set RUN_ID "
-                "and LOG_DIR as the loop over the seeds does"
+                f"{run.path}: a run of seed {run.seed}, expected the name seed{run.seed}; set "
+                "RUN_ID and LOG_DIR as the loop over the seeds does"
             )
     if not found:
         raise RecordError(
-            f"{folder}: no run there, expected runs/seed<N>/seed<N>.json; run the seeds"
+            f"{folder}: contains no run, expected runs/seed<N>/seed<N>.json; run the seeds"
         )
     return sorted(found, key=lambda run: run.seed)
 
 
 def source_digest(runs: Sequence[Run]) -> str:
-    """SHA-256 of all facts of some runs: pictures drawn from them carry it."""
+    """SHA-256 of all facts of some runs; pictures store the digest of the runs they show."""
     facts = json.dumps([run.facts for run in runs], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -180,7 +183,7 @@ def source_digest(runs: Sequence[Run]) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """Size, mean and sample standard deviation (n - 1) of some runs; None where unknown."""
+    """Size, mean and sample standard deviation (n - 1) of some runs; None if unknown."""
 
     n: int | None
     mean: float | None
@@ -197,13 +200,13 @@ class Sample:
         return bool(self.n and self.n > 1 and self.std is not None)
 
     def text(self, digits: int = 4) -> str:
-        """`1.0810 +- 0.0002`, without a spread that is unknown."""
+        """`1.0810 +- 0.0002`, or the mean alone if the standard deviation is unknown."""
         spread = "" if self.std is None else f" \u00b1 {self.std:.{digits}f}"
         return f"{self.mean:.{digits}f}{spread}"
 
 
 def welch(new: Sample, old: Sample) -> tuple[float, float] | None:
-    """Welch's one-sided test that `new` has the lower mean: (t, p); None if it cannot be made."""
+    """Welch's one-sided test that `new` has the lower mean: (t, p); None if not applicable."""
     from scipy.stats import ttest_ind_from_stats
 
     if not (new.can_be_tested and old.can_be_tested and (new.std or old.std)):
@@ -218,14 +221,14 @@ def welch(new: Sample, old: Sample) -> tuple[float, float] | None:
 
 
 def standard_error(new: Sample, old: Sample) -> float | None:
-    """Of the difference of two means; None if one of them has no spread."""
+    """Standard error of the difference of two means; None if a standard deviation is unknown."""
     if not (new.can_be_tested and old.can_be_tested):
         return None
     return math.sqrt(new.std**2 / new.n + old.std**2 / old.n)
 
 
 def bpb_of_nats(nats: float, tokens: int, text_bytes: int) -> float:
-    """Nats per token -> bits per byte, for a tokenizer that makes `tokens` of `text_bytes`."""
+    """Nats per token -> bits per byte, of a text of `tokens` and `text_bytes`."""
     return nats / math.log(2) * tokens / text_bytes
 
 
@@ -233,13 +236,13 @@ def bpb_of_nats(nats: float, tokens: int, text_bytes: int) -> float:
 
 
 def present(value: Any) -> float | None:
-    """A number, unless it is a placeholder: 0.0 stands for a run that was never filled in."""
+    """The value if it is a positive number; 0.0 is a placeholder for a missing run."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and value > 0 and math.isfinite(value) else None
 
 
 def seed_entries(results: Any) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
-    """(seed, fields) of seed_results: a dict by seed, or a list; of fields, or of numbers."""
+    """(seed, fields) of seed_results: a dict by seed or a list, of dicts or of scores."""
     pairs = results.items() if isinstance(results, Mapping) else enumerate(results or [])
     by_name = isinstance(results, Mapping)
     for key, entry in pairs:
@@ -249,7 +252,7 @@ def seed_entries(results: Any) -> Iterator[tuple[int | None, Mapping[str, Any]]]
 
 
 def stated_mean(facts: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """(mean, standard deviation) as a submission.json states them, under any of their names."""
+    """(mean, standard deviation) that a submission.json states, under any of the usual names."""
     nested = facts.get("val_bpb")
     nested = nested if isinstance(nested, Mapping) else {"mean": nested}
     names = ("val_bpb_mean", "mean_val_bpb", "three_seed_mean_val_bpb")
@@ -261,9 +264,9 @@ def stated_mean(facts: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True)
 class Submission:
-    """What any submission.json says. bpb is None in its parts where the file says nothing.
+    """The content of any submission.json. Fields of bpb are None if the file lacks them.
 
-    Attributes: stages, bits per byte of each seed by stage; facts, the file itself.
+    Attributes: stages, {stage: bits per byte of each seed}; facts, the whole content.
     """
 
     name: str
@@ -274,9 +277,9 @@ class Submission:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], name: str = "?") -> Submission:
-        """Numbers of each seed count more than a stated mean: they are what it was made from.
+        """Scores of the seeds take precedence over a stated mean.
 
-        Only `seed_results` is read; figures kept from before a correction stand elsewhere.
+        Scores are read from `seed_results` only: other fields may hold scores before a correction.
         """
         entries = [(s, e) for s, e in seed_entries(facts.get("seed_results")) if present_bpb(e)]
         values, (mean, std) = [present_bpb(e) for _, e in entries], stated_mean(facts)
@@ -298,18 +301,18 @@ class Submission:
 
     @classmethod
     def read(cls, path: Path) -> Submission:
-        """From a submission.json, or a folder with one."""
+        """Read a submission.json, or the one in a folder."""
         path = path / "submission.json" if path.is_dir() else path
         return cls.from_facts(read_json(path), path.parent.name)
 
     @property
     def track(self) -> str:
-        """One of TRACKS; others write them in other words, or leave the main one out."""
+        """One of TRACKS; files of others spell it differently, or omit the main track."""
         words = re.findall("[a-z0-9]+", str(self.facts.get("track")).lower())
         return OTHER_TRACK if "non" in words else RECORD_TRACK
 
     def size(self, key: str) -> int | None:
-        """A whole number of the file, else the largest of its seeds, such as val_bytes."""
+        """A whole number, such as val_bytes: of the file, else the largest of its seeds."""
         entries = [entry for _, entry in seed_entries(self.facts.get("seed_results"))]
         found = [n for n in (present(entry.get(key)) for entry in entries) if n is not None]
         stated = present(self.facts.get(key))
@@ -322,7 +325,7 @@ def present_bpb(entry: Mapping[str, Any]) -> float | None:
 
 
 def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
-    """Whether the new sample beats its predecessor: the figures, `claim`, and why in words.
+    """Whether the new sample beats its predecessor: fields of submission.json.
 
     The claim stands if p < 0.01 and the difference is at least 0.005 nats per token.
     """
@@ -334,7 +337,7 @@ def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
     against, reasons = [], []
     found |= dict(comparison_baseline=old.name, comparison_baseline_n=old.bpb.n)
     if old.bpb.mean is None:
-        return found | dict(claim=False, claim_reason=f"{old.name} records no score")
+        return found | dict(claim=False, claim_reason=f"{old.name} does not record a score")
     found |= dict(comparison_baseline_bpb=round(old.bpb.mean, 8))
     found |= dict(comparison_baseline_std=old.bpb.std and round(old.bpb.std, 8))
     better = old.bpb.mean - new.mean
@@ -348,18 +351,18 @@ def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
     if test:
         found |= dict(t_statistic=round(test[0], 4), p_value=float(f"{test[1]:.4g}"))
         verdict = against if test[1] >= P_LIMIT else reasons
-        verdict.append(f"p = {test[1]:.4g}, needed is less than {P_LIMIT}")
+        verdict.append(f"p = {test[1]:.4g}, required is p < {P_LIMIT}")
     elif new.n < 2:
-        against.append(f"n = {new.n}, so there is no test: {NOISE}")
+        against.append(f"n = {new.n} allows no test: {NOISE}")
     else:
-        against.append(f"no test: {old.name} gives no n >= 2 with a spread")
+        against.append(f"no test: {old.name} states no standard deviation with n >= 2")
     theirs = old.size("val_bytes")
     if theirs and abs(theirs - size) > size / 1000:  # a tail shorter than a window may be dropped
         against.append(f"{old.name} was scored on {theirs:,} bytes of text, this on {size:,}")
     elif not theirs:
-        reasons.append(f"{old.name} does not record the bytes it was scored on")
+        reasons.append(f"{old.name} does not record the bytes of its text")
     if old.facts.get("invalid_for_records"):
-        against.append(f"{old.name} breaks the rules, so it is no predecessor")
+        against.append(f"{old.name} breaks the rules, so it cannot be the predecessor")
     return found | dict(claim=not against, claim_reason="; ".join(against or reasons))
 
 
@@ -367,7 +370,7 @@ def judge(new: Sample, run: Run, old: Submission | None) -> dict[str, Any]:
 
 
 def read_command(path: Path) -> dict[str, str]:
-    """The variables that a command.sh exports. Raises RecordError for any other line."""
+    """The variables that a command.sh exports. Raises RecordError for other commands."""
     found: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -16,7 +16,7 @@ import build_dataset  # noqa: E402
 import caseops  # noqa: E402
 import codec  # noqa: E402
 
-from train_gpt import ByteTable, DataError, read_shard  # noqa: E402
+from train_gpt import BOS, ByteTable, DataError, read_shard  # noqa: E402
 
 TITLE, ALLCAPS, CAPNEXT, ESC = caseops.MARKS
 SAMPLE = ROOT / "data" / "sample"
@@ -133,7 +133,7 @@ def opened(folder: Path, name: str) -> tuple[codec.Codec, np.ndarray]:
 
 
 def split_documents(tokens: np.ndarray) -> list[np.ndarray]:
-    return np.split(tokens, np.flatnonzero(tokens == codec.BOS)[1:])
+    return np.split(tokens, np.flatnonzero(tokens == BOS)[1:])
 
 
 @settings(max_examples=1500, deadline=None)
@@ -215,7 +215,7 @@ def test_the_sidecar_charges_each_document_what_the_plain_set_charges(sets, name
     made, tokens = opened(sets[name], name)
     sidecar = np.array(read_shard(sets[name] / "fineweb_val_bytes_000000.bin"))
     assert len(sidecar) == len(tokens)
-    parts = np.split(sidecar, np.flatnonzero(tokens == codec.BOS)[1:])
+    parts = np.split(sidecar, np.flatnonzero(tokens == BOS)[1:])
     assert [int(part.sum()) for part in parts] == wanted
     assert wanted == [
         len(plain.decode(part).encode())
@@ -290,7 +290,7 @@ def test_a_fused_pair_is_charged_its_space_except_at_the_start_of_a_document(set
     fused = opened(sets["fused"], "fused")[0]
     pair = fused.marks.fused[fused.marks.title]
     letter = fused.encode("a")[1]
-    tokens = np.array([codec.BOS, pair, letter, pair, letter], np.uint16)
+    tokens = np.array([BOS, pair, letter, pair, letter], np.uint16)
     assert fused.charge(tokens).tolist() == [0, 1, 1, 1]
 
 
@@ -303,7 +303,7 @@ def test_the_plain_encoder_is_sentencepieces_own(sets):
     @settings(max_examples=600, deadline=None)
     @given(ANY_TEXT)
     def agree(text):
-        assert plain.encode(codec.normalize(text)).tolist() == [codec.BOS, *model.encode(text)]
+        assert plain.encode(codec.normalize(text)).tolist() == [BOS, *model.encode(text)]
 
     agree()
 

@@ -239,7 +239,7 @@ def test_the_sample_is_small_enough_to_ship():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"body": "x"}', "2: expected an object with a text under 'text'"),
+        ('{"body": "x"}', "2: expected an object with a string under 'text'"),
         ('{"text": 7}', "2: expected an object"),
         ('{"text": null}', "2: expected an object"),
         ("[1]", "2: expected an object"),
@@ -309,7 +309,7 @@ def test_fewer_documents_than_asked_for_is_an_error(tmp_path, texts, capsys):
 def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path, capsys):
     source = write_jsonl(tmp_path / "d.jsonl", ["one", "two", "three"])
     assert build(source, tmp_path / "out", "--val-docs", "1", "--vocab-size", "8192") == 2
-    assert "no tokenizer of --vocab-size=8,192" in capsys.readouterr().err
+    assert "--vocab-size=8,192: the training documents do not give" in capsys.readouterr().err
 
 
 def test_a_set_is_replaced_only_when_asked_and_then_completely(tmp_path, texts, capsys):
@@ -317,7 +317,7 @@ def test_a_set_is_replaced_only_when_asked_and_then_completely(tmp_path, texts, 
     assert build(source, tmp_path / "out", "--val-docs", "2", "--shard-tokens", "4000") == 0
     before = contents(tmp_path / "out")
     assert build(source, tmp_path / "out", "--val-docs", "2") == 2
-    assert "holds a set already" in capsys.readouterr().err
+    assert "already contains a set" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
     assert build(source, tmp_path / "out", "--val-docs", "2", "--replace") == 0
     assert sorted(contents(tmp_path / "out")) == [

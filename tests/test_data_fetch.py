@@ -351,13 +351,16 @@ def test_a_local_file_that_is_damaged_is_fetched_again(hub, tmp_path, capsys, da
     assert fetch(tmp_path) == 0
     assert present(tmp_path) == hub.files
     assert [request[1] for request in hub.requests if request[0] == "GET"] == [SHARD % 0]
-    assert "fetching it again" in capsys.readouterr().err
+    assert "downloading it again" in capsys.readouterr().err
 
 
 def test_a_file_that_the_manifest_lists_and_the_server_lacks_is_named(hub, tmp_path, capsys):
     del hub.files[SHARD % 2]
     assert fetch(tmp_path) == 2
-    assert f"1 of 8 files are not there, the first is {SHARD % 2}" in capsys.readouterr().err
+    assert (
+        f"1 of the 8 files that its manifest lists are missing, the first is {SHARD % 2}"
+        in capsys.readouterr().err
+    )
     assert not [
         request for request in hub.requests if request[1] == SHARD % 0 and request[0] == "GET"
     ]
@@ -401,7 +404,7 @@ def test_another_prefix_is_asked_for(hub, tmp_path, monkeypatch, capsys):
 def test_an_unknown_variant_lists_what_there_is(hub, tmp_path, capsys):
     assert fetching.main(["--variant", "sp777", "--data-dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "no fineweb10B_sp777" in message
+    assert "lacks fineweb10B_sp777" in message
     assert NAME in message
 
 

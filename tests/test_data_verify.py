@@ -16,7 +16,7 @@ import codec  # noqa: E402
 import verify_dataset  # noqa: E402
 from test_data_build import sample_texts, write_jsonl  # noqa: E402
 
-from train_gpt import find_shards, read_shard, set_fingerprint  # noqa: E402
+from train_gpt import BOS, BYTE_OFFSET, find_shards, read_shard, set_fingerprint  # noqa: E402
 
 SAMPLE = ROOT / "data" / "sample"
 VAL_DOCUMENTS, SHARD_TOKENS = 9, 20_000
@@ -66,7 +66,7 @@ def verify(folder: Path, capsys, *extra: str) -> tuple[int, dict[str, tuple[str,
     status = verify_dataset.main([str(folder), "--quiet", *workers, *extra])
     rows = {}
     for line in capsys.readouterr().out.splitlines():
-        if match := re.match(r"(ok  |FAIL|-   )  (\S+(?: \S+)*)  +(.*)", line):
+        if match := re.match(r"(ok|FAIL|remark) +(\S+(?: \S+)*)  +(.*)", line):
             rows[match[2]] = (match[1].strip(), match[3])
     return status, rows
 
@@ -85,7 +85,7 @@ def add_training_text(folder: Path, text: str, *, transform: str = "none") -> No
     """Put one document into the middle of the training tokens, shard lengths as before."""
     made = codec.Codec(codec_file(folder), transform=transform)
     tokens = np.concatenate([read_shard(path) for path in find_shards(folder, "train")])
-    starts = np.flatnonzero(tokens == codec.BOS)
+    starts = np.flatnonzero(tokens == BOS)
     at = starts[len(starts) // 2]
     added = made.encode(made.prepare(text, codec.normalize(text)))
     tokens = np.concatenate([tokens[:at], added, tokens[at:]])
@@ -123,13 +123,13 @@ def test_the_sample_is_clean(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("plain", str, "1 exact, 0 in"),
-        ("plain", str.upper, "0 exact, 1 in"),
-        ("plain", lambda text: " ".join(text), "0 exact, 1 in"),
-        ("caseops", str, "1 exact, 0 in"),
-        ("caseops", str.swapcase, "0 exact, 1 in"),
-        ("bytes", str, "1 exact, 0 in"),
-        ("bytes", lambda text: text.lower().replace(" ", "\t\n"), "0 exact, 1 in"),
+        ("plain", str, "1 exact, 0 with"),
+        ("plain", str.upper, "0 exact, 1 with"),
+        ("plain", lambda text: " ".join(text), "0 exact, 1 with"),
+        ("caseops", str, "1 exact, 0 with"),
+        ("caseops", str.swapcase, "0 exact, 1 with"),
+        ("bytes", str, "1 exact, 0 with"),
+        ("bytes", lambda text: text.lower().replace(" ", "\t\n"), "0 exact, 1 with"),
     ],
 )
 def test_a_validation_document_in_training_is_found(
@@ -183,7 +183,7 @@ def test_the_validation_documents_of_another_manifest_are_looked_for_too(
     assert verify(folder, capsys)[0] == 0
     status, rows = verify(folder, capsys, "--held-out", str(canonical / "manifest.json"))
     assert (status, failed(rows)) == (1, ["held-out documents in training"])
-    assert "11 in other case" in rows["held-out documents in training"][1]
+    assert "11 with other case" in rows["held-out documents in training"][1]
 
 
 def spoil_flip(folder: Path) -> None:
@@ -233,7 +233,7 @@ def spoil_val_first_bos(folder: Path) -> None:
 
 def spoil_utf8(folder: Path) -> None:
     tokens = np.array(read_shard(folder / "fineweb_val_000000.bin"))
-    tokens[50] = codec.BYTE_OFFSET + 0xFF
+    tokens[50] = BYTE_OFFSET + 0xFF
     write_shard(folder / "fineweb_val_000000.bin", tokens)
 
 
@@ -317,8 +317,8 @@ def test_a_caseops_set_without_its_sidecar_fails(copy_of, capsys):
         ((8192, "none", 50_000, 40_540_161, 151_000_000), False, "resembles"),
         ((8192, "none", 49_999, 40_539_000, 151_000_000), False, "resembles"),
         ((1024, "none", 50_000, 62_021_632, 151_000_000), True, "willdepueoai"),
-        ((1024, "none", 50, 110_000, 265_000), None, "of its own"),
-        ((777, "none", 50_000, 40_540_160, 151_000_000), None, "of its own"),
+        ((1024, "none", 50, 110_000, 265_000), None, "this set only"),
+        ((777, "none", 50_000, 40_540_160, 151_000_000), None, "this set only"),
     ],
 )
 def test_published_sets_are_known_by_their_counts_and_copies_are_not(counts, verdict, words):

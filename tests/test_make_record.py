@@ -50,7 +50,7 @@ def real_run():
 FACTS, _ = real_run()
 BPB, STEPS = (FACTS["result"][name] for name in ("val_bpb", "steps"))
 LIMIT = FACTS["budget"]["training"]["limit"]
-SPENT = {part: FACTS["budget"][part]["seconds"] for part in page.PARTS}
+SPENT = {part: FACTS["budget"][part]["seconds"] for part in runs.PARTS}
 QUANTIZED = f"val_bpb:{FACTS['stages']['quantized']['val_bpb'] + SEEDS[314]:.8f}"
 WORSE = [BPB + 0.0185, BPB + 0.0197, BPB + 0.0190]
 OLD = {"name": "Older", "seed_results": {"1": WORSE[0], "2": {"val_bpb": WORSE[1]}, "3": WORSE[2]}}
@@ -116,6 +116,8 @@ def write_audit(path, facts, verdict):
     passed = {"C1": {"verdict": "pass", "says": "causal"}}
     audit = dict(verdict=verdict, reasons=[] if verdict == "legal" else ["C1: reads ahead"])
     audit |= dict(conditions=passed, artifact=facts["artifact"], code=facts["code"], run={})
+    tool = ROOT / "records" / "audit.py"
+    audit["tool"] = dict(bytes=tool.stat().st_size, sha256=t.file_sha256(tool))
     path.write_text(json.dumps(audit))
 
 
@@ -124,7 +126,6 @@ def record(tmp_path, *, track="track_non_record_16mb", changes=None, audit="lega
     folder = tmp_path / track / "2026-11-21_Trial"
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes(PROGRAM)
-    shutil.copy(ROOT / "requirements.txt", folder)
     (folder / "command.sh").write_text(f"# Trial\n{EXPORT}# python train_gpt.py\n")
     if old:
         (tmp_path / "old.json").write_text(json.dumps(old))
@@ -175,9 +176,9 @@ def copy(finished, tmp_path):
 def faults(folder):
     """{check: what it says}, faults only."""
     found = {}
-    for check, verdict, says in linter.lint(folder).rows:
-        if verdict is False:
-            found.setdefault(check, []).append(says)
+    for row in linter.lint(folder).rows:
+        if row.verdict is False:
+            found.setdefault(row.check, []).append(row.found)
     return {check: "\n".join(says) for check, says in found.items()}
 
 
@@ -303,7 +304,10 @@ def test_finish_refuses_a_run_that_is_marked_invalid(tmp_path, capsys):
 
     folder = record(tmp_path, changes={314: mark})
     assert finish(folder) == 2
-    assert "seed314.json: trained on the validation text; no record" in capsys.readouterr().err
+    assert (
+        "seed314.json: trained on the validation text; it cannot be a record"
+        in capsys.readouterr().err
+    )
     assert not (folder / "submission.json").exists()
 
 
@@ -315,10 +319,10 @@ def test_finish_refuses_an_unfinished_run_and_a_run_under_the_name_of_another(tm
     del facts["result"]
     path.write_text(json.dumps(facts | {"error": "KeyboardInterrupt: "}))
     assert finish(folder) == 2
-    assert "no result (KeyboardInterrupt: )" in capsys.readouterr().err
+    assert "lacks result (KeyboardInterrupt: )" in capsys.readouterr().err
     path.write_text(whole.replace('"seed": 42', '"seed": 43'))
     assert finish(folder) == 2
-    assert "seed42.json: a run of seed 43, expected it as seed43" in capsys.readouterr().err
+    assert "seed42.json: a run of seed 43, expected the name seed43" in capsys.readouterr().err
     assert not (folder / "README.md").exists()
 
 
@@ -385,11 +389,11 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "a figure by hand that no log shows": (
         lambda f: replace(f / "README.md", f"Trains {STEPS} steps", "It reached 1.0499 once"),
-        {"figures": "README.md: 1.0499 occurs in no log"},
+        {"figures": "README.md: 1.0499 is not in any log"},
     ),
     "an edited figure in submission.json": (
         claim_more,
-        {"figures": f"submission.json: val_bpb is 0.5, the runs say {str(BPB)[:4]}"},
+        {"figures": f"submission.json: val_bpb is 0.5, the runs give {str(BPB)[:4]}"},
     ),
     "an edited p value": (
         lambda f: edit(f / "submission.json", lambda s: s.update(p_value=1e-9)),
@@ -416,7 +420,7 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "an edited log": (
         lambda f: edit_both_logs(f, QUANTIZED, "val_bpb:2.00000000"),
-        {"logs": "seed314.json says 'quantized val_loss:"},
+        {"logs": "seed314.txt lacks 'quantized val_loss:"},
     ),
     "a log that goes on after its result": (
         lambda f: [
@@ -451,11 +455,11 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "a seed that is left out": (
         lambda f: (f / "seed42.json").unlink(),
-        {"figures": "submission.json: seeds is [42, 314, 999], the runs say [314, 999]"},
+        {"figures": "submission.json: seeds is [42, 314, 999], the runs give [314, 999]"},
     ),
     "a copy that is not what the run left": (
         lambda f: edit(f / "seed42.json", lambda r: r["baselines"].clear()),
-        {"files": "seed42.json is not what runs/seed42 holds"},
+        {"files": "seed42.json differs from the one in runs/seed42"},
     ),
     "a mark in a JSON": (
         lambda f: both(f, "seed42", lambda r: r.update(invalid_for_records=["peeked"])),
@@ -491,11 +495,11 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "a setting that does not exist": (
         lambda f: replace(f / "command.sh", EXPORT, EXPORT + "export MATRIX_LRR=1\n"),
-        {"command": "MATRIX_LRR is no setting", "figures": "MATRIX_LRR=1"},
+        {"command": "MATRIX_LRR is not a setting", "figures": "MATRIX_LRR=1"},
     ),
     "a variable that command.sh does not set": (
         lambda f: both(f, "seed42", lambda r: r["config"]["ttt_lr"].update(source="environment")),
-        {"command": "seed42: TTT_LR=0.005 was set, not by command.sh"},
+        {"command": "seed42: TTT_LR=0.005 was set, but not by command.sh"},
     ),
     "a command with another value": (
         lambda f: replace(f / "command.sh", EXPORT, "export EMA_DECAY=0.98\n"),
@@ -534,7 +538,7 @@ AFTER = {  # what is done to a clean folder: (checks that fail, what they say)
     ),
     "a track that does not exist": (
         lambda f: f.parent.rename(f.parent.with_name("track_2")),
-        {"files": "lies in track_2", "figures": "track"},
+        {"files": "the folder is in track_2", "figures": "track"},
     ),
 }
 
@@ -552,7 +556,7 @@ def test_the_linter_names_a_fault_in_a_finished_folder(fault, copy, capsys):
         assert words in found[check]
     assert make_record.main(["check", str(copy)]) == 1
     out = capsys.readouterr().out
-    assert "FAULT" in out
+    assert "FAIL" in out
     assert out.endswith("NOT clean\n")
 
 
@@ -602,15 +606,18 @@ def bad_sum(facts, swap):
 BEFORE = {  # what all runs are like: (checks that fail, what they say)
     "over the limit of evaluation": (
         slow,
-        {"budgets": f"evaluation took {SPENT['evaluation'] + 600:.1f} s of 600 s"},
+        {"budgets": f"evaluation took {SPENT['evaluation'] + 600:.1f} s, the limit is 600 s"},
     ),
     "unbooked time over both limits": (
         unbooked,
-        {"budgets": f"seed42: training took {SPENT['training'] + 530:.1f} s of {LIMIT:g} s"},
+        {
+            "budgets": f"seed42: training took {SPENT['training'] + 530:.1f} s, "
+            f"the limit is {LIMIT:g} s"
+        },
     ),
     "time that nothing accounts for": (
         lost_time,
-        {"budgets": "phases and unbooked time are not wall_seconds"},
+        {"budgets": "phases and unbooked time do not add up to wall_seconds"},
     ),
     "phases that do not add up": (bad_sum, {"budgets": "evaluation 5.0 s, its phases"}),
     "too many bytes": (
@@ -645,7 +652,7 @@ def test_the_record_track_is_for_eight_h100_and_the_whole_text(tmp_path, monkeyp
     found = faults(quickly(folder, monkeypatch))
     assert set(found) == {"settings", "data"}
     device = FACTS["runtime"]["device"]
-    assert f"ran on 1x{device}, track_10min_16mb is for 8xH100" in found["settings"]
+    assert f"ran on 1x{device}, expected 8xH100 in track_10min_16mb" in found["settings"]
     assert "VAL_TOKENS=100000" in found["data"]
 
 
@@ -679,11 +686,15 @@ def test_what_a_run_did_not_record_or_finish_is_a_remark(tmp_path, monkeypatch):
                     path / f"seed{seed}.json", lambda r, s=stage: r["stages"][s].pop("order_sha256")
                 )
     edit(folder / "runs" / "seed999" / "seed999.json", lambda r: r["ttt"].update(complete=False))
+    audit = folder / "runs" / "seed314" / "seed314.audit.json"
+    edit(audit, lambda a: a["tool"].update(sha256="3" * 64))
     text = linter.lint(quickly(folder, monkeypatch)).text()
     assert faults(folder) == {}
-    assert "seed999: adaptation stopped early, to stay in time" in text
-    assert "order of scoring: not recorded" in text
+    assert "seed999: adaptation stopped early to stay within time" in text
+    assert "scoring order: not recorded" in text
     assert "seed42: sha256 of its artifact: not recorded" in text
+    assert "seed314: audited with another audit.py (sha256 3333333333333333)" in text
+    assert text.count("another audit.py") == 1
 
 
 READABLE = "class Config:\n    pass\n\n\nx = 1  # a comment\n"
@@ -728,8 +739,8 @@ def test_a_bundle_must_be_what_bundling_its_readable_source_gives(shipped, verdi
         edit(copy / f"seed{seed}.json", lambda r: r.update(code=facts))
     report = linter.Report()
     linter.check_code(linter.Record.read(copy), report)
-    assert any(v == verdict and says in text for _, v, text in report.rows)
-    assert any(v is None for _, v, _ in report.rows) == (verdict is None)
+    assert any(row.verdict == verdict and says in row.found for row in report.rows)
+    assert any(row.verdict is None for row in report.rows) == (verdict is None)
     assert report.clean == (verdict is not False)
 
 
@@ -778,12 +789,7 @@ def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
     words = ["new", "Wide", f"--from={source}", "--no-bundle", "MLP_MULT=3.5", "DATA_DIR=my data"]
     assert make_record.main(words) == 0
     (folder,) = elsewhere.glob("track_10min_16mb/*_Wide")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "audit.py",
-        "command.sh",
-        "requirements.txt",
-        "train_gpt.py",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["command.sh", "train_gpt.py"]
     assert (folder / "train_gpt.py").read_bytes() == Path(t.__file__).read_bytes()
     script = ". ./command.sh && env -0"
     done = subprocess.run(["sh", "-c", script], env={}, cwd=folder, capture_output=True, text=True)
@@ -801,7 +807,7 @@ def test_new_makes_a_folder_whose_command_a_shell_can_source(elsewhere, capsys):
 def places(folder):
     """The data of a command, as whole paths."""
     found = runs.read_command(folder / "command.sh")
-    return {name: (folder / found[name]).resolve() for name in make_record.PLACES if name in found}
+    return {name: (folder / found[name]).resolve() for name in runs.PLACES if name in found}
 
 
 def test_new_says_where_the_data_is_from_inside_the_folder(elsewhere):
@@ -856,7 +862,7 @@ def test_new_does_not_touch_a_folder_that_exists(elsewhere, capsys):
     (folder,) = elsewhere.glob("track_10min_16mb/*_Twice")
     (folder / "command.sh").write_text("mine")
     assert make_record.main(["new", "--no-bundle", "Twice"]) == 2
-    assert "exists; choose another name" in capsys.readouterr().err
+    assert "already exists; choose another name" in capsys.readouterr().err
     assert (folder / "command.sh").read_text() == "mine"
     assert len(list(folder.parent.iterdir())) == 1
 
@@ -1041,11 +1047,11 @@ def test_the_margin_is_five_thousandths_of_a_nat_per_token():
     [
         ((1.0500, 1.0502), {"seed_results": [1.0600, 1.0602]}, True, "does not record the bytes"),
         ((1.0500, 1.0502), None, False, "no predecessor was named"),
-        ((1.0500,), {"seed_results": [1.0600, 1.0602]}, False, "n = 1, so there is no test"),
-        ((1.0500, 1.0502), {"val_bpb": 1.06}, False, "gives no n >= 2 with a spread"),
-        ((1.0500, 1.0502), {"val_bpb": 0.0}, False, "records no score"),
+        ((1.0500,), {"seed_results": [1.0600, 1.0602]}, False, "n = 1 allows no test"),
+        ((1.0500, 1.0502), {"val_bpb": 1.06}, False, "states no standard deviation with n >= 2"),
+        ((1.0500, 1.0502), {"val_bpb": 0.0}, False, "does not record a score"),
         ((1.0590, 1.0592), {"seed_results": [1.0600, 1.0602]}, False, "below the margin"),
-        ((1.04, 1.06), {"seed_results": [1.0600, 1.0602]}, False, "needed is less than 0.01"),
+        ((1.04, 1.06), {"seed_results": [1.0600, 1.0602]}, False, "required is p < 0.01"),
         (
             (1.0500, 1.0502),
             {"seed_results": [1.0600, 1.0602], "val_bytes": 10_500_000},

@@ -1,4 +1,4 @@
-# System #1487 as published. It trains on text before that is scored: its result is no record.
+# System #1487 as published. It trains on text before scoring it: its result cannot be a record.
 # Model
 export NUM_LOOPS=1
 export MAX_SKIPS=5
