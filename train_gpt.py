@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, library, nn
+from torch.optim import Optimizer
 
 # ---------------------------------------------------------------------------------------------
 # 1  Settings
@@ -98,6 +99,10 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
+AUTO, ROUNDINGS = ("auto", "0", "1"), ("gptq", "nearest")
+ATTENTIONS = ("auto", "fa3", "fa4", "cudnn", "flash", "sdpa", "plain")
+
+
 def knob(default, sentence, *, low=None, high=None, choices=None, model=False) -> Any:
     """Declare one setting.
 
@@ -121,27 +126,13 @@ class Config:
     run_id: str = knob("", "name of the run's files under LOG_DIR; empty: date, time and seed")
     seed: int = knob(1337, "seed of initial weights and data order", low=0, high=2**63 - 1)
     log_dir: str = knob("logs", "folder of the run's log, JSON and artifact")
-    smoke: str = knob(
-        "auto",
-        "small run on the embedded sample; auto: without a GPU, unless a data path or size is set",
-        choices=("auto", "0", "1"),
-    )
-    compile: str = knob("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
+    smoke: str = knob("auto", "small run on the sample; auto: no GPU, path or size", choices=AUTO)
+    compile: str = knob("auto", "torch.compile; auto: on CUDA", choices=AUTO)
     compute_dtype: str = knob(
-        "auto",
-        "type of activations; auto: bfloat16 on CUDA, else float32",
-        choices=("auto", "bfloat16", "float32"),
+        "auto", "of activations; auto: bfloat16 on CUDA", choices=("auto", "bfloat16", "float32")
     )
-    attention: str = knob(
-        "auto",
-        "attention kernel; auto: fa3 if installed, else sdpa, PyTorch's own choice",
-        choices=("auto", "fa3", "fa4", "cudnn", "flash", "sdpa", "plain"),
-    )
-    kernels: str = knob(
-        "auto",
-        "fused Triton kernels; auto: on CUDA, each that agrees there with its eager twin",
-        choices=("auto", "0", "1"),
-    )
+    attention: str = knob("auto", "kernel; auto: fa3, else PyTorch's sdpa", choices=ATTENTIONS)
+    kernels: str = knob("auto", "Triton; auto: on CUDA, those that agree there", choices=AUTO)
     artifact: str = knob("", "score this artifact instead of training one")
     checkpoint: str = knob("", "quantize and score this checkpoint instead of training")
     save_checkpoint: bool = knob(False, "keep the float32 weights too, for CHECKPOINT")
@@ -178,23 +169,15 @@ class Config:
     num_loops: int = knob(2, "extra visits of the looped layers, 0: no loop", low=0, model=True)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", low=1.0, model=True)
     rope_dims: int = knob(16, "rotated dimensions of a head; even", low=2, model=True)
-    rope_train_seq_len: int = knob(
-        2048, "longest text without NTK rescale [tokens]", low=1, model=True
-    )
+    rope_train_seq_len: int = knob(2048, "longest text without NTK rescale", low=1, model=True)
     logit_softcap: float = knob(30.0, "logits stay within plus or minus this", low=1.0, model=True)
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries")
-    scaled_projections: bool = knob(
-        False, "bigram and value projections begin smaller by sqrt(2 NUM_LAYERS)"
-    )
+    scaled_projections: bool = knob(False, "bigram and value proj begin / sqrt(2 NUM_LAYERS)")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", low=0.0)
     # Training
     iterations: int = knob(20000, "maximum number of steps", low=1)
-    max_wallclock_seconds: float = knob(
-        TRAINING_SECONDS, "limit of training and calibration, 0: none [s]", low=0.0
-    )
-    gptq_reserve_seconds: float = knob(
-        0.0, "fraction of that limit kept for calibration, 0: measured [s]", low=0.0
-    )
+    max_wallclock_seconds: float = knob(TRAINING_SECONDS, "training limit [s], 0: none", low=0.0)
+    gptq_reserve_seconds: float = knob(0.0, "of it, for calibration [s], 0: measured", low=0.0)
     train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks [tokens]", low=1)
     train_seq_len: int = knob(2048, "length of a training sequence [tokens]", low=2)
     doc_masking: bool = knob(False, "while training, no position sees another document")
@@ -205,9 +188,7 @@ class Config:
     min_lr: float = knob(0.0, "floor of the learning-rate multiplier", low=0.0, high=1.0)
     enable_looping_at: float = knob(0.35, "fraction of training before the loop", low=0.0, high=1.0)
     enable_looping_at_step: int = knob(0, "step of the loop, 0: ENABLE_LOOPING_AT", low=0)
-    late_qat_threshold: float = knob(
-        0.0, "learning-rate multiplier below which matrices train rounded", low=0.0, high=1.0
-    )
+    late_qat_threshold: float = knob(0.0, "rates below it: train rounded", low=0.0, high=1.0)
     ema_decay: float = knob(0.9965, "decay of the weight average, each step", low=0.0, high=1.0)
     grad_clip_norm: float = knob(0.3, "largest norm of the gradient, 0: any", low=0.0)
     train_log_every: int = knob(500, "steps between two lines of the training log", low=1)
@@ -235,9 +216,7 @@ class Config:
     # Quantization and artifact
     gptq_calibration_batches: int = knob(64, "batches, each an eighth of TRAIN_BATCH_TOKENS", low=1)
     matrix_bits: int = knob(6, "width of a matrix entry [bits]", low=2, high=8)
-    matrix_clip_sigmas: float = knob(
-        12.85, "half the range of a row, in its standard deviations (SDClip)", low=0.1
-    )
+    matrix_clip_sigmas: float = knob(12.85, "half a row's range in its sigmas (SDClip)", low=0.1)
     embed_bits: int = knob(8, "width of an embedding entry [bits]", low=2, high=8)
     embed_clip_sigmas: float = knob(20.0, "the same of a row of the embedding", low=0.1)
     clip_rule: str = knob("sigmas", "how a row's range is found", choices=("sigmas", "percentile"))
@@ -245,7 +224,7 @@ class Config:
     gptq_order: str = knob(
         "descending", "columns by their Hessian's diagonal", choices=("descending", "ascending")
     )
-    embed_quantizer: str = knob("gptq", "of the embedding", choices=("gptq", "nearest"))
+    embed_quantizer: str = knob("gptq", "of the embedding", choices=ROUNDINGS)
     int8_sensitive: str = knob("", "matrices with one of these words get EMBED_BITS; by commas")
     fit_rule: str = knob(
         "tightest", "what makes an artifact fit", choices=("tightest", "wider", "prune")
@@ -267,11 +246,7 @@ class Config:
     ttt_ema_decay: float = knob(0.0, "TTT scores with an average, 0: without", low=0.0, high=1.0)
     ttt_grad_clip: float = knob(1.0, "largest gradient norm of TTT, 0: any", low=0.0)
     ttt_chunk_tokens: int = knob(32768, "targets scored before each adaptation [tokens]", low=1)
-    eval_wallclock_seconds: float = knob(
-        EVALUATION_SECONDS,
-        "limit from reading the artifact to the last score, 0: none [s]",
-        low=0.0,
-    )
+    eval_wallclock_seconds: float = knob(EVALUATION_SECONDS, "its limit [s], 0: none", low=0.0)
     # Audit
     audit: bool = knob(False, "prove the score of ARTIFACT legal instead of scoring it")
     audit_tokens: int = knob(768, "targets that the audit scores repeatedly [tokens]", low=64)
@@ -294,10 +269,8 @@ class Config:
             text = env.get(setting.name.upper())
             for alias in (a for a, name in ALIASES.items() if name == setting.name and a in env):
                 if text is not None and text != env[alias]:
-                    problems.append(
-                        f"{alias}={env[alias]} and {setting.name.upper()}={text} are one "
-                        "setting with two values; set one of them"
-                    )
+                    both = f"{alias}={env[alias]} and {setting.name.upper()}={text}"
+                    problems.append(f"{both} are one setting with two values; set one of them")
                 text = env[alias]
             if text is not None:
                 try:
@@ -586,9 +559,9 @@ class Budget:
 
     def __init__(self, cfg: Config, finish: Callable[[], None] = lambda: None):
         self.finish, self.seconds, self.open = finish, {}, ["other"]
+        training, evaluation = cfg.max_wallclock_seconds, cfg.eval_wallclock_seconds
         self.limits = dict(
-            training=(self.TRAINING, cfg.max_wallclock_seconds),
-            evaluation=(self.EVALUATION, cfg.eval_wallclock_seconds),
+            training=(self.TRAINING, training), evaluation=(self.EVALUATION, evaluation)
         )
         self.since, self.started = time.perf_counter(), datetime.datetime.now().astimezone()
 
@@ -625,13 +598,11 @@ class Budget:
         """
         wall = (datetime.datetime.now().astimezone() - self.started).total_seconds()
         self.tick()
-        sums: dict[str, Any] = dict(
-            wall_seconds=wall, unbooked_seconds=wall - sum(self.seconds.values())
-        )
+        unbooked, sums = wall - sum(self.seconds.values()), {}
         for name, (phases, limit) in self.limits.items():
             spent = self.total(*phases)
             sums[name] = dict(seconds=spent, limit=limit, within=not limit or spent <= limit)
-        return dict(phases=dict(self.seconds), **sums)
+        return dict(phases=dict(self.seconds), wall_seconds=wall, unbooked_seconds=unbooked, **sums)
 
 
 class Runtime:
@@ -764,11 +735,7 @@ class Runtime:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value (any picklable object), on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather_objects(value if self.is_main else None)[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value (any picklable object), by rank, on every rank."""
@@ -789,20 +756,6 @@ class Runtime:
             if found is not None:
                 found.on_all_ranks = True
                 raise found
-
-    def read_bytes(self, path: str | Path) -> bytes:
-        """The bytes of a file that rank 0 can read, on every rank.
-
-        Raises: ArtifactError on all ranks if it cannot be read.
-        """
-        blob = b""
-        with self.together():
-            try:
-                blob = Path(path).read_bytes() if self.is_main else blob
-            except OSError as error:
-                message = f"{path}: {error.strerror}; give the file that a run wrote"
-                raise ArtifactError(message) from error
-        return self.from_main(blob)
 
     def compile(self, function: Callable) -> Callable:
         """A function or, in place, a module, compiled for static shapes where this run compiles."""
@@ -902,10 +855,8 @@ def file_sha256(path: Path) -> str:
 
 def full_disk(path: Path, what: str, error: OSError) -> ArtifactError:
     """The error for a file that cannot be written."""
-    return ArtifactError(
-        f"{path}: could not write {what}: {error.strerror}; free some space or set LOG_DIR to "
-        "another disk"
-    )
+    remedy = "free some space or set LOG_DIR to another disk"
+    return ArtifactError(f"{path}: could not write {what}: {error.strerror}; {remedy}")
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -929,14 +880,13 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 def lock(stream: Any) -> bool:
     """Take a file for this process until it ends or closes it; False if another process has it."""
-    try:
-        import fcntl  # not on every system
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    with contextlib.suppress(ImportError):  # not on every system
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
     return True
 
 
@@ -963,18 +913,15 @@ class RunFolder:
         with open(text, "rb") as stream:
             if not lock(stream):
                 raise ConfigError(f"{who} is being written; choose another RUN_ID")
-        try:
+        record = {}
+        with contextlib.suppress(OSError, ValueError):  # it was cut off before it wrote anything
             record = json.loads(self.path("json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # cut off before it wrote anything
-            record = {}
         if "result" in record:
             then = {name: fact["value"] for name, fact in record["config"].items()}
             same_code = record["code"]["sha256"] == file_sha256(Path(__file__))
             if same_code and then == cfg.values():
                 return key_values("result", record["result"])
-            raise ConfigError(
-                f"{who} is a finished run of other settings or code; choose another RUN_ID"
-            )
+            raise ConfigError(f"{who} is a run of other settings or code; choose another RUN_ID")
         aside = RunFolder(str(self.folder), f"{self.run_id}.unfinished{time.time_ns()}")
         for suffix in self.SUFFIXES:
             with contextlib.suppress(FileNotFoundError):
@@ -1007,10 +954,8 @@ class Log:
                 self.file = open(folder.path("txt"), mode, encoding="utf-8")  # noqa: SIM115
                 lock(self.file)
             except OSError as error:
-                raise ConfigError(
-                    f"LOG_DIR={folder.folder}, RUN_ID={folder.run_id}: {error.strerror}; choose "
-                    "others"
-                ) from error
+                place = f"LOG_DIR={folder.folder}, RUN_ID={folder.run_id}"
+                raise ConfigError(f"{place}: {error.strerror}; choose others") from error
 
     def close(self, error: BaseException | None = None) -> None:
         """Close the file; the JSON says by which error the run ended."""
@@ -1069,10 +1014,8 @@ class Log:
 
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-GET_DATA = (
-    "fetch it with data/cached_challenge_fineweb.py or set DATA_PATH and TOKENIZER_PATH; SMOKE=1 "
-    "runs on the embedded sample"
-)
+GET_DATA = "fetch it with data/cached_challenge_fineweb.py or set DATA_PATH and TOKENIZER_PATH"
+OTHER_TOKENIZER = "the shards belong to another tokenizer"
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -1086,19 +1029,15 @@ def read_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     if size < SHARD_HEADER_BYTES or header[0] != SHARD_MAGIC:
-        raise DataError(
-            f"{path}: not a token shard: expected {SHARD_HEADER_BYTES} header bytes that begin "
-            f"with {SHARD_MAGIC}; fetch or build it again"
-        )
+        expected = f"expected {SHARD_HEADER_BYTES} header bytes that begin with {SHARD_MAGIC}"
+        raise DataError(f"{path}: not a token shard: {expected}; fetch or build it again")
     if header[1] != SHARD_VERSION:
-        raise DataError(
-            f"{path}: shard version {header[1]}, expected {SHARD_VERSION}; build it again"
-        )
+        found = f"shard version {header[1]}, expected {SHARD_VERSION}"
+        raise DataError(f"{path}: {found}; build it again")
     promised, found = int(header[2]), (size - SHARD_HEADER_BYTES) / 2
     if promised != found or promised < 1:
-        raise DataError(
-            f"{path}: header promises {promised:,} tokens, file holds {found:,.12g}; fetch it again"
-        )
+        found = f"header promises {promised:,} tokens, file holds {found:,.12g}"
+        raise DataError(f"{path}: {found}; fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(promised,))
 
 
@@ -1154,10 +1093,8 @@ def data_proof(folder: Path, tokenizer: Path, *, trains: bool) -> dict[str, Any]
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """Raises DataError if a token id lies beyond the vocabulary."""
     if tokens.size and (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"{where}: token id {largest}, expected ids below VOCAB_SIZE={vocab_size}; the "
-            "shards belong to another tokenizer"
-        )
+        found = f"token id {largest}, expected ids below VOCAB_SIZE={vocab_size}"
+        raise DataError(f"{where}: {found}; {OTHER_TOKENIZER}")
 
 
 class Loader:
@@ -1175,23 +1112,14 @@ class Loader:
 
     PREFETCH_STEPS = 3
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        *,
-        seq_len: int,
-        vocab_size: int,
-        seed: int,
-        order: str = "shuffled",
-    ):
-        self.paths, self.shards, self.order = paths, [read_shard(path) for path in paths], order
-        self.seq_len, self.vocab_size, self.seed = seq_len, vocab_size, seed
+    def __init__(self, paths: Sequence[Path], cfg: Config):
+        self.paths, self.shards = paths, [read_shard(path) for path in paths]
+        self.order = cfg.loader
+        self.seq_len, self.vocab_size, self.seed = cfg.train_seq_len, cfg.vocab_size, cfg.seed
         self.epoch_ends: list[int] = []
-        if not any(len(shard) > seq_len for shard in self.shards):
-            raise DataError(
-                f"{paths[0].parent}: no training shard is longer than one window of "
-                f"TRAIN_SEQ_LEN={seq_len}; fetch or build longer ones"
-            )
+        if max(map(len, self.shards)) <= self.seq_len:
+            window = f"one window of TRAIN_SEQ_LEN={self.seq_len}"
+            raise DataError(f"{paths[0].parent}: no training shard is longer than {window}")
         self.epoch(0)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 -- the one loader lives as long as the run
@@ -1340,10 +1268,8 @@ class ByteTable:
         except RuntimeError as error:
             raise DataError(f"{path}: not a SentencePiece model; {GET_DATA}") from error
         if model.vocab_size() != vocab_size:
-            raise DataError(
-                f"{path}: {model.vocab_size()} pieces, expected VOCAB_SIZE={vocab_size}; set "
-                "TOKENIZER_PATH to the tokenizer of the shards"
-            )
+            found = f"{model.vocab_size()} pieces, expected VOCAB_SIZE={vocab_size}"
+            raise DataError(f"{path}: {found}; set TOKENIZER_PATH to the tokenizer of the shards")
         pieces = [model.id_to_piece(i) for i in range(vocab_size)]
         is_silent = (model.is_control, model.is_unknown, model.is_unused)
         silent = np.array([any(test(i) for test in is_silent) for i in range(vocab_size)])
@@ -1361,11 +1287,8 @@ class ByteTable:
 
     def refuse_miscounting(self, model, pieces: Sequence[str], path: Path) -> None:
         """Raises DataError if some text would be charged other bytes than its tokens decode to."""
-        inner = [
-            p
-            for p, silent in zip(pieces, self.is_boundary, strict=True)
-            if not silent and self.SPACE in p.removeprefix(self.SPACE)
-        ]
+        spoken = (p for p, silent in zip(pieces, self.is_boundary, strict=True) if not silent)
+        inner = [p for p in spoken if self.SPACE in p.removeprefix(self.SPACE)]
         faults = [
             (self.SPACE not in pieces, f"the bare space {self.SPACE} is not a piece"),
             (sum(map(model.is_byte, range(len(pieces)))) != 256, "it has no byte fallback"),
@@ -1383,12 +1306,9 @@ class ByteTable:
             ids = model.encode(text)
             charged = int(self.charge(np.array([BOS, *ids])).sum())
             faults.append((charged != len(model.decode(ids).encode()), f"{text!r} is miscounted"))
-        for found, fault in faults:
-            if found:
-                raise DataError(
-                    f"{path}: {fault}, so bytes would be counted wrong; use a tokenizer made "
-                    "by data/build_dataset.py"
-                )
+        for fault in (text for found, text in faults if found):
+            remedy = "use a tokenizer made by data/build_dataset.py"
+            raise DataError(f"{path}: {fault}, so bytes would be counted wrong; {remedy}")
 
     def charge(self, tokens: np.ndarray) -> np.ndarray:
         """(n + 1,) token ids -> (n,) int16 bytes charged to tokens[1:], in their context."""
@@ -1414,6 +1334,7 @@ class ValidationTokens:
     tokens: np.ndarray
     target_bytes: np.ndarray
     dropped: int  # targets at the end that do not fill a window of the plain evaluation
+    tokenizer_sha256: str = ""
 
     @classmethod
     def load(
@@ -1429,10 +1350,8 @@ class ValidationTokens:
         tokens = np.concatenate([read_shard(path) for path in paths])
         check_vocabulary(tokens, len(table.base_bytes), str(paths[0].parent / "fineweb_val_*.bin"))
         if tokens[0] != BOS:
-            raise DataError(
-                f"{paths[0]}: begins with token {tokens[0]}, expected BOS={BOS}; the "
-                "shards belong to another tokenizer"
-            )
+            found = f"begins with token {tokens[0]}, expected BOS={BOS}"
+            raise DataError(f"{paths[0]}: {found}; {OTHER_TOKENIZER}")
         found = len(tokens) - 1
         if found < 1:
             raise DataError(f"{paths[0]}: {len(tokens)} validation tokens, expected at least 2")
@@ -1440,7 +1359,7 @@ class ValidationTokens:
         if kept == found >= seq_len:
             kept -= kept % seq_len
         charged = cls.charge(paths, tokens, table)
-        return cls(tokens[: kept + 1], charged[:kept], found - kept)
+        return cls(tokens[: kept + 1], charged[:kept], found - kept, table.digest)
 
     @staticmethod
     def charge(paths: Sequence[Path], tokens: np.ndarray, table: ByteTable) -> np.ndarray:
@@ -1452,10 +1371,8 @@ class ValidationTokens:
             return table.charge(tokens)
         sidecar = np.concatenate([read_shard(p) for p in find_shards(paths[0].parent, "val_bytes")])
         if len(sidecar) != len(tokens) or sidecar[tokens == BOS].any():
-            raise DataError(
-                f"{paths[0].parent}: the byte sidecar ({len(sidecar):,} entries) is not of these "
-                f"{len(tokens):,} validation tokens; fetch or build both again"
-            )
+            found = f"the byte sidecar ({len(sidecar):,} entries) is not of these {len(tokens):,}"
+            raise DataError(f"{paths[0].parent}: {found} tokens; fetch or build both again")
         return sidecar[1:].astype(np.int16)
 
 
@@ -1581,13 +1498,7 @@ EAGER = Backend()
 
 
 def operator(
-    name: str,
-    inputs: str,
-    shapes: Callable,
-    compute: Callable,
-    *,
-    wrt: Sequence[int],
-    kept: Sequence[int] = (),
+    name: str, inputs: str, shapes: Callable, compute: Callable, *, wrt: tuple, kept: tuple = ()
 ) -> Callable:
     """A differentiable function that is one opaque node of a compiled graph, each way.
 
@@ -1606,12 +1517,9 @@ def operator(
         return x.contiguous() if isinstance(x, Tensor) else x
 
     def define(label: str, signature: str, fake: Callable, real: Callable) -> Any:
-        made = library.custom_op(
-            f"train_gpt::{label}",
-            lambda *args: real(*map(contiguous, args)),
-            mutates_args=(),
-            schema=f"({signature}) -> Tensor[]",
-        )
+        options = dict(mutates_args=(), schema=f"({signature}) -> Tensor[]")
+        call = lambda *args: real(*map(contiguous, args))  # noqa: E731
+        made = library.custom_op(f"train_gpt::{label}", call, **options)
         made.register_fake(fake)
         return made
 
@@ -1627,12 +1535,10 @@ def operator(
         found = dict(zip(wrt, grads, strict=True))
         return tuple(found.get(place) for place in range(len(args)))
 
-    gradient = define(
-        f"{name}_grad",
-        f"Tensor[] ups, {inputs}",
-        lambda ups, *args: [args[place].new_empty(args[place].shape) for place in wrt],
-        compute,
-    )
+    def grad_shapes(ups: list[Tensor], *args: Any) -> list[Tensor]:
+        return [args[place].new_empty(args[place].shape) for place in wrt]
+
+    gradient = define(f"{name}_grad", f"Tensor[] ups, {inputs}", grad_shapes, compute)
     function = define(name, inputs, shapes, functools.partial(compute, None))
     function.register_autograd(backward, setup_context=save)
     return function
@@ -2092,9 +1998,8 @@ class AsCodes(NamedTuple):
         coarser: multiplies ranges in standard deviations.
         """
         if not self.percentiles:
-            return (self.clip_sigmas * coarser * weight.std(dim=1) / self.top).clamp_min(
-                self.smallest
-            )
+            half_range = self.clip_sigmas * coarser * weight.std(dim=1)
+            return (half_range / self.top).clamp_min(self.smallest)
         sizes = weight.detach().float().abs()
         at = torch.tensor(self.percentiles, device=weight.device)
         scales = (torch.quantile(sizes, at, dim=1) / self.top).clamp_min(self.smallest)  # (P, rows)
@@ -2113,8 +2018,7 @@ class AsFloats(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the table: tensors whose whole name matches `pattern`, who optimizes them, and how
-    they are stored."""
+    """Tensors whose whole name matches `pattern`: who optimizes them, and how they are stored."""
 
     pattern: str
     group: str
@@ -2133,12 +2037,11 @@ def tensor_table(cfg: Config) -> tuple[Row, ...]:
     matrix = codes(cfg.matrix_bits, cfg.gptq_order, cfg.matrix_clip_sigmas, MATRIX_PERCENTILES)
     sensitive = codes(cfg.embed_bits, cfg.gptq_order, cfg.embed_clip_sigmas, TABLE_PERCENTILES)
     to_nearest = sensitive._replace(gptq="")
+    head = sensitive if cfg.embed_quantizer == "gptq" else to_nearest
     words = "|".join(re.escape(word) for word in cfg.int8_sensitive.split(",") if word) or "(?!)"
     weights = r"blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))\.weight"
     return (
-        Row(
-            r"head\.weight", "embedding", sensitive if cfg.embed_quantizer == "gptq" else to_nearest
-        ),
+        Row(r"head\.weight", "embedding", head),
         Row(r"(bigram|value_embedding)\.table", "embedding", to_nearest),
         Row(rf"(?=.*({words})){weights}", "matrix", sensitive),
         Row(weights, "matrix", matrix),
@@ -2332,9 +2235,8 @@ class Block(nn.Module):
     def forward(self, streams: Streams, visit: Visit, here: Pass) -> Streams:
         """Streams (B, T, D) after this visit; the form "lanes" reads and moves two of them."""
         x, lane = streams if visit.form == "lanes" else (streams, None)
-        attn_scale, mlp_scale, mix = (
-            p.to(x.dtype) for p in (self.attn_scale, self.mlp_scale, self.resid_mix)
-        )
+        vectors = self.attn_scale, self.mlp_scale, self.resid_mix
+        attn_scale, mlp_scale, mix = (p.to(x.dtype) for p in vectors)
         x = mix[0] * x + mix[1] * here.x0
         mid = x + attn_scale * self.attn(rms_norm(x) * self.norm_scale, here)
         source = {"sequential": mid, "gptj": x, "lanes": lane}[visit.form]
@@ -2374,16 +2276,12 @@ class ValueEmbedding(nn.Module):
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """What each layer adds to its values (B, T, K D), by layer."""
         shared = self.scale.to(dtype) * self.proj(F.embedding(tokens, self.table).to(dtype))
-        return {
-            layer: self.layer_scales[i].to(dtype) * shared for i, layer in enumerate(self.layers)
-        }
+        scales = self.layer_scales.to(dtype)
+        return {layer: scales[i] * shared for i, layer in enumerate(self.layers)}
 
 
 class GPT(nn.Module):
-    """The model. `head` is tied: its rows are also the token embedding.
-
-    Attributes: rows, the table's row of each tensor, by name.
-    """
+    """The model. `head` is tied: its rows embed the tokens. rows: the table's row of each tensor."""
 
     def __init__(self, cfg: Config, backend: Backend = EAGER):
         super().__init__()
@@ -2405,45 +2303,6 @@ class GPT(nn.Module):
         self.rows = {name: find_row(name, table) for name, _ in self.named_parameters()}
         smallest = 1 / (2 ** (cfg.matrix_bits - 1) - 1)
         self.rounding = AsCodes(cfg.matrix_bits, percentiles=QAT_PERCENTILES, smallest=smallest)
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw the matrices: normal embedding, zero output projections, the rest orthogonal."""
-        draw, cfg = torch.Generator().manual_seed(seed), self.cfg
-        gain = (2 * cfg.num_layers) ** -0.5 if cfg.scaled_projections else 1.0
-        nn.init.normal_(self.head.weight, std=cfg.tied_embed_init_std, generator=draw)
-        for block in self.blocks:
-            for module in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
-                nn.init.orthogonal_(module.weight, generator=draw)
-            nn.init.zeros_(block.attn.out.weight)
-            nn.init.zeros_(block.mlp.down.weight)
-        if self.bigram is not None:  # its table is zero: a zero projection too would never learn
-            nn.init.orthogonal_(self.bigram.proj.weight, gain, generator=draw)
-        if self.value_embedding is not None:
-            nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
-            nn.init.orthogonal_(self.value_embedding.proj.weight, gain, generator=draw)
-
-    def embed(self, tokens: Tensor, *, masked: bool = False) -> Tensor:
-        """The input stream (B, T, D); masked: a document's first token has none before it."""
-        x = F.embedding(tokens, self.head.weight).to(self.backend.dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(tokens, x.dtype, masked=masked)
-        x = rms_norm(x)
-        if self.cfg.smear_gate_enabled:
-            gate = self.smear_gate.sigmoid().to(x.dtype)
-            before = F.pad(x[:, :-1], (0, 0, 1, 0))
-            if masked:
-                before = before.masked_fill((tokens == BOS)[..., None], 0)
-            x = (1 - gate) * x + gate * before
-        return x
-
-    def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        """A stream with a skip in it, gated or added."""
-        skip = self.skip_weights[row].to(x.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + skip
-        gate = self.skip_gates[row].sigmoid().to(x.dtype)
-        return gate * x + (1 - gate) * skip
 
     def forward(
         self,
@@ -2493,6 +2352,45 @@ class GPT(nn.Module):
         losses = self.backend.cross_entropy(*rows, cap, reduction)
         return losses if reduction == "mean" else losses.view_as(targets)
 
+    def embed(self, tokens: Tensor, *, masked: bool = False) -> Tensor:
+        """The input stream (B, T, D); masked: a document's first token has none before it."""
+        x = F.embedding(tokens, self.head.weight).to(self.backend.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, x.dtype, masked=masked)
+        x = rms_norm(x)
+        if self.cfg.smear_gate_enabled:
+            gate = self.smear_gate.sigmoid().to(x.dtype)
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if masked:
+                before = before.masked_fill((tokens == BOS)[..., None], 0)
+            x = (1 - gate) * x + gate * before
+        return x
+
+    def mix_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """A stream with a skip in it, gated or added."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if not self.cfg.skip_gates_enabled:
+            return x + skip
+        gate = self.skip_gates[row].sigmoid().to(x.dtype)
+        return gate * x + (1 - gate) * skip
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw the matrices: normal embedding, zero output projections, the rest orthogonal."""
+        draw, cfg = torch.Generator().manual_seed(seed), self.cfg
+        gain = (2 * cfg.num_layers) ** -0.5 if cfg.scaled_projections else 1.0
+        nn.init.normal_(self.head.weight, std=cfg.tied_embed_init_std, generator=draw)
+        for block in self.blocks:
+            for module in (block.attn.q, block.attn.k, block.attn.v, block.mlp.up):
+                nn.init.orthogonal_(module.weight, generator=draw)
+            nn.init.zeros_(block.attn.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        if self.bigram is not None:  # its table is zero: a zero projection too would never learn
+            nn.init.orthogonal_(self.bigram.proj.weight, gain, generator=draw)
+        if self.value_embedding is not None:
+            nn.init.normal_(self.value_embedding.table, std=0.01, generator=draw)
+            nn.init.orthogonal_(self.value_embedding.proj.weight, gain, generator=draw)
+
     def flops_per_token(self, plan: DepthPlan, length: int) -> float:
         """Operations of a forward and backward per token: 6 per weight, causal attention."""
         blocks = [[m for m in b.modules() if isinstance(m, Linear)] for b in self.blocks]
@@ -2533,7 +2431,7 @@ def newton_schulz(updates: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, with decoupled weight decay.
 
     Matrices of one shape travel and are orthogonalised as one batch. Each rank receives the sum of
@@ -2577,10 +2475,8 @@ class Muon(torch.optim.Optimizer):
         activations, as Newton-Schulz made them: sending float32 would double the bytes for nothing.
         """
         (group,) = self.param_groups
-        coming = [
-            self.rt.start_gather(self.orthogonal_update(params, group["momentum"]))
-            for params in self.batches
-        ]
+        updates = (self.orthogonal_update(params, group["momentum"]) for params in self.batches)
+        coming = [self.rt.start_gather(update) for update in updates]
         for params, arrive in zip(self.batches, coming, strict=True):
             update = arrive()[: len(params)].to(params[0].dtype)
             rows, cols = params[0].shape
@@ -2604,7 +2500,7 @@ class Muon(torch.optim.Optimizer):
         return self.orthogonalize(update, self.cfg.muon_backend_steps, self.rt.compute_dtype)
 
 
-def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: GPT, cfg: Config, rt: Runtime) -> dict[str, Optimizer]:
     """Fresh optimizers by group name. Their learning rates are set at every step."""
     groups, options = parameter_groups(model), dict(eps=cfg.adam_eps, fused=True)
     adam = functools.partial(torch.optim.AdamW, betas=(cfg.beta1, cfg.beta2), **options)
@@ -2635,7 +2531,7 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 
 def set_schedule(
-    optimizers: Mapping[str, torch.optim.Optimizer], step: int, frac: float, cfg: Config
+    optimizers: Mapping[str, Optimizer], step: int, frac: float, cfg: Config
 ) -> dict[str, float]:
     """Set the learning rates and Muon's momentum of a step; returns the rates by group."""
     scale = lr_scale(frac, cfg, step)
@@ -2665,7 +2561,7 @@ def add_gradients(forward: Callable, windows: Tensor, micro_rows: int, rows: int
 
 
 def apply_gradients(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], clip_norm: float, rt: Runtime
+    model: nn.Module, optimizers: Iterable[Optimizer], clip_norm: float, rt: Runtime
 ) -> None:
     """Add the gradients of all ranks, clip their global norm (0: not), step, drop them.
 
@@ -2745,14 +2641,12 @@ def stages(cfg: Config) -> tuple[Stage, ...]:
     changes = [loop] * bool(cfg.num_loops) + [rounding] * bool(cfg.late_qat_threshold)
     counts = range(len(changes) + 1)
     sets = [begun for count in counts for begun in itertools.combinations(changes, count)]
-    plans = [
-        depth_plan(cfg, looped=loop in begun)._replace(
-            rounded=rounding in begun, masked=cfg.doc_masking
-        )
-        for begun in sets
-    ]
-    rows = zip(sets, plans, strict=True)
-    return tuple(Stage(begun, plan, cfg.train_seq_len) for begun, plan in rows)
+
+    def plan(begun: Sequence[Change]) -> DepthPlan:
+        changes = dict(rounded=rounding in begun, masked=cfg.doc_masking)
+        return depth_plan(cfg, looped=loop in begun)._replace(**changes)
+
+    return tuple(Stage(begun, plan(begun), cfg.train_seq_len) for begun in sets)
 
 
 def stage_at(table: Sequence[Stage], since: Stage, now: Mapping[str, float]) -> Stage:
@@ -2814,11 +2708,11 @@ class LossWatch:
     def check(self, bad: float, step: int, rates: Mapping[str, float]) -> None:
         """Raises DivergenceError, with the facts, if any rank's loss was bad."""
         if bad:
+            used = " ".join(f"{name}={rate:.3g}" for name, rate in rates.items())
             raise DivergenceError(
                 f"step {step}: the training loss is not finite; last finite loss on this rank "
-                f"{self.last_finite:.4f}; learning rates "
-                + " ".join(f"{name}={rate:.3g}" for name, rate in rates.items())
-                + "; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"
+                f"{self.last_finite:.4f}; learning rates {used}; lower MATRIX_LR, TIED_EMBED_LR or "
+                "SCALAR_LR"
             )
 
     @property
@@ -2931,10 +2825,8 @@ class StepLog:
         compiled = self.rt.compilations() - self.compiled
         self.rt.log.line(f"compilations after the clock started: {compiled}")
         medians = {
-            f"{len(plan.visits)}_visits{'_rounded' * plan.rounded}": round(
-                1e3 * float(np.median(times)), 3
-            )
-            for plan, times in self.durations.items()
+            f"{len(plan.visits)}_visits{'_rounded' * plan.rounded}": round(1e3 * np.median(s), 3)
+            for plan, s in self.durations.items()
         }
         pairs = (f"{key}:{value}" for key, value in medians.items())
         self.rt.log.line(" ".join(["step_ms", *pairs]))
@@ -3011,7 +2903,7 @@ def whole_rows(text: np.ndarray, length: int) -> np.ndarray:
 def text_step(
     model: GPT,
     rows: np.ndarray,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     cfg: Config,
     rt: Runtime,
     *,
@@ -3067,6 +2959,8 @@ def fine_tune_on_validation(
 
 GPTQ_DAMPING, GPTQ_BLOCK = 0.01, 128
 FLOAT_TYPES = {"float16": "<f2", "float32": "<f4"}
+# What an artifact holds, in this order, so that like values lie together: streams and their types.
+STREAMS = {"codes": "i1", "scales": "<f2", **FLOAT_TYPES}
 
 
 @dataclass(frozen=True)
@@ -3100,11 +2994,11 @@ class Codes:
         return -(shares * np.log2(shares)).sum() * self.codes.numel() + 16 * self.scales.numel()
 
     @staticmethod
-    def layout(kind: str, shape: Sequence[int]) -> dict[str, tuple[str, int]]:
-        """Type and number of the values in each stream. Raises ValueError for another shape."""
+    def layout(kind: str, shape: Sequence[int]) -> dict[str, int]:
+        """Number of values in each stream. Raises ValueError for another shape."""
         if len(shape) != 2:
             raise ValueError(f"{kind} of shape {shape}")
-        return dict(codes=("i1", math.prod(shape)), scales=("<f2", shape[0]))
+        return dict(codes=math.prod(shape), scales=shape[0])
 
     @classmethod
     def read(cls, kind: str, shape: Sequence[int], streams: Mapping[str, np.ndarray]) -> Codes:
@@ -3144,9 +3038,9 @@ class Floats:
         return 8.0 * self.values.numel() * self.values.element_size()
 
     @staticmethod
-    def layout(kind: str, shape: Sequence[int]) -> dict[str, tuple[str, int]]:
-        """Type and number of the values in each stream."""
-        return {kind: (FLOAT_TYPES[kind], math.prod(shape))}
+    def layout(kind: str, shape: Sequence[int]) -> dict[str, int]:
+        """Number of values in each stream."""
+        return {kind: math.prod(shape)}
 
     @classmethod
     def read(cls, kind: str, shape: Sequence[int], streams: Mapping[str, np.ndarray]) -> Floats:
@@ -3154,6 +3048,10 @@ class Floats:
         if not np.isfinite(streams[kind]).all():
             raise ValueError("non-finite values")
         return cls(torch.from_numpy(streams[kind].reshape(shape)))
+
+
+Hessians = Mapping[str, Tensor]  # (inputs, inputs) by the tensor's name
+Quantized = dict[str, Codes | Floats]  # by the tensor's name
 
 
 @torch.no_grad()
@@ -3185,14 +3083,9 @@ def collect_hessians(
     linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
     taps = [tap(name, m) for name, m in linears.items() if model.rows[name].store.gptq]
     most = max(cfg.micro_batch_tokens // cfg.train_seq_len, 1)
-    batches, total = (
-        loader.batches(rt, max(cfg.train_rows // 8, 1), first),
-        cfg.gptq_calibration_batches,
-    )
-    show, pace = (
-        rt.log.progress("calibration"),
-        Pace(rt, Budget.TRAINING, cfg.max_wallclock_seconds),
-    )
+    batches = loader.batches(rt, max(cfg.train_rows // 8, 1), first)
+    pace, total = Pace(rt, Budget.TRAINING, cfg.max_wallclock_seconds), cfg.gptq_calibration_batches
+    show = rt.log.progress("calibration")
     with contextlib.closing(batches):
         for done in range(total):
             if done and pace.late(batch=1):
@@ -3281,9 +3174,7 @@ def inverse_factor(h: Tensor) -> Tensor:
     R^-1.
     """
     r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(
-        r, torch.eye(len(h), device=h.device, dtype=h.dtype), upper=True
-    )
+    return torch.linalg.solve_triangular(r, torch.eye(len(h)).to(h), upper=True)
 
 
 def quantize(
@@ -3297,9 +3188,7 @@ def quantize(
     return round_to_nearest(weight, store.scales(weight, coarser).half(), store.bits)
 
 
-def quantize_model(
-    model: GPT, hessians: Mapping[str, Tensor], rt: Runtime, coarser: float = 1.0
-) -> dict[str, Codes | Floats]:
+def quantize_model(model: GPT, hessians: Hessians, rt: Runtime, coarser: float = 1.0) -> Quantized:
     """Every tensor as its row of the table says, by name.
 
     coarser: multiplies ranges of the sigma rule; entropy falls by log2 of it, bits per code.
@@ -3313,7 +3202,7 @@ def quantize_model(
     return stored
 
 
-def prune_ones(tensors: Mapping[str, Codes | Floats], bits: int, count: int) -> int:
+def prune_ones(tensors: Quantized, bits: int, count: int) -> int:
     """Zero up to `count` codes of +-1, those of the smallest scales first, in place.
 
     Only tensors of this width; returns how many codes were zeroed.
@@ -3346,7 +3235,6 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
 FRAME = struct.Struct("<4sBII")  # magic, version, bytes of the header, CRC-32 of all but itself
 LARGEST_RAW_BYTES = 1 << 30
 KINDS = {f"int{bits}": Codes for bits in range(2, 9)} | dict.fromkeys(FLOAT_TYPES, Floats)
-STREAMS = ("codes", "scales", *FLOAT_TYPES)  # in this order, so that like values lie together
 DAMAGED = "it is damaged or cut off; copy it again"
 COMPRESSORS = {
     "none": ("zlib", "error"),
@@ -3363,10 +3251,9 @@ def codec(compressor: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(
-            f"COMPRESSOR={compressor}: the package {package} does not import ({error}); "
-            "install requirements.txt or choose another compressor"
-        ) from error
+        found = f"the package {package} does not import ({error})"
+        remedy = "install requirements.txt or choose another compressor"
+        raise ConfigError(f"COMPRESSOR={compressor}: {found}; {remedy}") from error
 
 
 def compress(data: bytes, compressor: str) -> bytes:
@@ -3396,9 +3283,8 @@ def decompress(data: bytes, compressor: str, raw_bytes: int) -> bytes:
             reader = module.LZMADecompressor(module.FORMAT_RAW, filters=LZMA_FILTERS)
             raw = reader.decompress(data, raw_bytes)
     except getattr(module, COMPRESSORS[compressor][1]) as error:
-        raise ArtifactError(
-            f"artifact: {compressor} cannot read it ({error}); {DAMAGED}"
-        ) from error
+        found = f"{compressor} cannot read it ({error})"
+        raise ArtifactError(f"artifact: {found}; {DAMAGED}") from error
     if len(raw) != raw_bytes:
         raise ArtifactError(f"artifact: {len(raw):,} raw bytes, expected {raw_bytes:,}; {DAMAGED}")
     return raw
@@ -3424,11 +3310,9 @@ def fold(table: Mapping[str, list]) -> dict[str, list]:
     for name, entry in table.items():
         groups[re.sub(r"\.\d+\.", ".*.", name)][name] = entry
     for pattern, members in groups.items():
-        entries, names = list(members.values()), list(unfold({pattern: ["", [], len(members)]}))
-        alike = (
-            len(members) > 1 and list(members) == names and entries.count(entries[0]) == len(names)
-        )
-        folded |= {pattern: [*entries[0], len(names)]} if alike else members
+        shared = [*next(iter(members.values())), len(members)]
+        alike = len(members) > 1 and unfold({pattern: shared}) == members
+        folded |= {pattern: shared} if alike else members
     return folded
 
 
@@ -3441,9 +3325,7 @@ def unfold(folded: Mapping[str, list]) -> dict[str, list]:
     return table
 
 
-def pack(
-    tensors: Mapping[str, Codes | Floats], header: Mapping[str, Any], compressor: str
-) -> bytes:
+def pack(tensors: Quantized, header: Mapping[str, Any], compressor: str) -> bytes:
     """Tensors and facts to the bytes of an artifact; the same input gives the same bytes.
 
     header: JSON values, among them the model settings; compressor and tensors are added.
@@ -3494,7 +3376,7 @@ def tensor_layouts(header: Mapping[str, Any]) -> dict[str, tuple[str, list, dict
             if not all(type(size) is int and 0 <= size <= LARGEST_RAW_BYTES for size in sizes):
                 raise ValueError(f"tensor {pattern}: {kind} of shape {shape} {count}")
             layout = KINDS[kind].layout(kind, shape)
-            each = sum(np.dtype(dtype).itemsize * size for dtype, size in layout.values())
+            each = sum(np.dtype(STREAMS[label]).itemsize * n for label, n in layout.items())
             total += max(each, 1) * math.prod(count)
             if total > LARGEST_RAW_BYTES:
                 raise ValueError(f"more than {LARGEST_RAW_BYTES:,} raw bytes")
@@ -3504,7 +3386,7 @@ def tensor_layouts(header: Mapping[str, Any]) -> dict[str, tuple[str, list, dict
     return found
 
 
-def read_tensors(header: Mapping[str, Any], payload: bytes) -> dict[str, Codes | Floats]:
+def read_tensors(header: Mapping[str, Any], payload: bytes) -> Quantized:
     """The tensors of an artifact, from what `read_header` gave.
 
     Raises: ArtifactError unless header and streams agree to the last byte, codes lie in their range
@@ -3513,33 +3395,25 @@ def read_tensors(header: Mapping[str, Any], payload: bytes) -> dict[str, Codes |
     tensors, compressor = tensor_layouts(header), header.get("compressor")
     if compressor not in COMPRESSORS:
         raise ArtifactError(f"artifact: compressor {compressor!r} is not known here")
-    streams, position = collections.defaultdict(dict), 0
-    for name, (_, _, layout) in tensors.items():
-        for label, (dtype, count) in layout.items():
-            streams[label][name] = np.dtype(dtype), count
-    sizes = {s: sum(d.itemsize * n for d, n in streams[s].values()) for s in STREAMS}
-    raw, parts = decompress(payload, compressor, sum(sizes.values())), collections.defaultdict(dict)
-    for label in (s for s in STREAMS if s in streams and streams[s]):
-        dtype, counts = (
-            next(iter(streams[label].values()))[0],
-            [n for _, n in streams[label].values()],
-        )
-        values = unplanes(raw[position : position + sizes[label]], dtype)
-        position += sizes[label]
-        for name, part in zip(
-            streams[label], np.split(values, np.cumsum(counts)[:-1]), strict=True
-        ):
-            parts[name][label] = part
+    counts = {
+        label: {name: layout[label] for name, (_, _, layout) in tensors.items() if label in layout}
+        for label in STREAMS
+    }
+    sizes = [np.dtype(STREAMS[s]).itemsize * sum(counts[s].values()) for s in STREAMS]
+    raw = np.frombuffer(decompress(payload, compressor, sum(sizes)), np.uint8)
+    parts = collections.defaultdict(dict)
+    for label, stream in zip(STREAMS, np.split(raw, np.cumsum(sizes)[:-1]), strict=True):
+        ends = np.cumsum(list(counts[label].values()), dtype=np.int64)
+        values = np.split(unplanes(stream, STREAMS[label]), ends[:-1])
+        for name, own in zip(counts[label], values, strict=False):  # no name: one empty array
+            parts[name][label] = own
     try:
-        return {
-            name: KINDS[kind].read(kind, shape, parts[name])
-            for name, (kind, shape, _) in tensors.items()
-        }
+        return {n: KINDS[k].read(k, shape, parts[n]) for n, (k, shape, _) in tensors.items()}
     except ValueError as error:
         raise ArtifactError(f"artifact: {error}; use the program that wrote it") from error
 
 
-def unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, Codes | Floats]]:
+def unpack(blob: bytes) -> tuple[dict[str, Any], Quantized]:
     """The header and the tensors of an artifact. Raises: ArtifactError, see the parts."""
     header, payload = read_header(blob)
     return header, read_tensors(header, payload)
@@ -3549,7 +3423,7 @@ class Stored(NamedTuple):
     """A file of weights, opened and checked once, and the configuration with its model."""
 
     header: dict[str, Any]
-    tensors: dict[str, Codes | Floats]
+    tensors: Quantized
     cfg: Config
 
     @property
@@ -3570,7 +3444,14 @@ def open_stored(path: str | Path, cfg: Config, rt: Runtime) -> Stored:
     Raises: ArtifactError if the bytes or tensors are not what they should be, ConfigError if the
     environment asks for another model; on all ranks.
     """
-    blob = rt.read_bytes(path)
+    blob = b""
+    with rt.together():
+        try:
+            blob = Path(path).read_bytes() if rt.is_main else blob
+        except OSError as error:
+            message = f"{path}: {error.strerror}; give the file that a run wrote"
+            raise ArtifactError(message) from error
+    blob = rt.from_main(blob)
     with rt.together():
         header, payload = read_header(blob)
         cfg = cfg.with_model(model_settings(header, str(path)), str(path))
@@ -3592,10 +3473,8 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
             raise ValueError("other settings than this program's")
         return {name: parse_value(ours[name], str(value)) for name, value in settings.items()}
     except (TypeError, KeyError, ValueError) as error:
-        raise ArtifactError(
-            f"{origin}: its header does not describe a model of this program ({error}); use the "
-            "program that wrote it"
-        ) from error
+        found = f"its header does not describe a model of this program ({error})"
+        raise ArtifactError(f"{origin}: {found}; use the program that wrote it") from error
 
 
 FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends within this fraction of the limit
@@ -3632,11 +3511,9 @@ def announce_size(cfg: Config, rt: Runtime) -> None:
     """
     left, (least, expected) = cfg.artifact_limit_bytes - code_bytes(), expected_bytes(cfg)
     if least > left:
-        raise ConfigError(
-            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the code's {code_bytes()} bytes "
-            f"leave {left}, and scales and vectors of this model alone need {least}; make the "
-            "model smaller"
-        )
+        needs = f"scales and vectors of this model alone need {least}; make the model smaller"
+        code = f"the code's {code_bytes()} bytes leave {left}"
+        raise ConfigError(f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: {code}, and {needs}")
     note = "; codes will be coarser than set" if expected > left else ""
     rt.log.line(f"artifact: {left} bytes left beside the code, about {expected} expected{note}")
 
@@ -3644,20 +3521,20 @@ def announce_size(cfg: Config, rt: Runtime) -> None:
 class Fit:
     """Quantizes and packs a model again and again until code and artifact fit the limit."""
 
-    def __init__(self, model: GPT, hessians: Mapping[str, Tensor], header: Mapping, rt: Runtime):
+    def __init__(self, model: GPT, hessians: Hessians, header: Mapping, rt: Runtime):
         self.model, self.hessians, self.header, self.rt = model, hessians, header, rt
         self.cfg = model.cfg
         self.limit = self.cfg.artifact_limit_bytes - code_bytes()
 
-    def quantized(self, coarser: float) -> dict[str, Codes | Floats]:
+    def quantized(self, coarser: float) -> Quantized:
         with self.rt.budget.phase("quantization"):
             return quantize_model(self.model, self.hessians, self.rt, coarser)
 
-    def packed(self, tensors: Mapping[str, Codes | Floats]) -> bytes:
+    def packed(self, tensors: Quantized) -> bytes:
         with self.rt.budget.phase("compression"):
             return pack(tensors, self.header, self.cfg.compressor)
 
-    def by_ranges(self) -> tuple[bytes, dict[str, Codes | Floats]]:
+    def by_ranges(self) -> tuple[bytes, Quantized]:
         """The artifact with the tightest ranges that fit, and its tensors; else the last one tried.
 
         Ranges wider by 2^e lower the entropy of a code by about e bits: that, and once one artifact
@@ -3687,7 +3564,7 @@ class Fit:
                 exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
         return best or (blob, tensors)
 
-    def by_pruning(self) -> tuple[bytes, dict[str, Codes | Floats]]:
+    def by_pruning(self) -> tuple[bytes, Quantized]:
         """The artifact with codes of +-1 made 0 until it fits, and its tensors; else the last one.
 
         As many codes as the bytes that the last ones saved call for (system #1487 takes eight for
@@ -3706,9 +3583,7 @@ class Fit:
         return blob, tensors
 
 
-def fit_artifact(
-    model: GPT, hessians: Mapping[str, Tensor], header: Mapping[str, Any], rt: Runtime
-) -> bytes:
+def fit_artifact(model: GPT, hessians: Hessians, header: Mapping[str, Any], rt: Runtime) -> bytes:
     """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
 
     FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
@@ -3719,15 +3594,13 @@ def fit_artifact(
     fit = Fit(model, hessians, header, rt)
     blob, tensors = fit.by_pruning() if model.cfg.fit_rule == "prune" else fit.by_ranges()
     if len(blob) > fit.limit:
-        raise ArtifactError(
-            f"artifact: {len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most "
-            f"{fit.limit:,}; lower MATRIX_BITS or the size of the model"
-        )
+        found = f"{len(blob):,} bytes after {FIT_ATTEMPTS} attempts, expected at most {fit.limit:,}"
+        raise ArtifactError(f"artifact: {found}; lower MATRIX_BITS or the size of the model")
     log_storage(tensors, rt)
     return blob
 
 
-def log_storage(tensors: Mapping[str, Codes | Floats], rt: Runtime) -> None:
+def log_storage(tensors: Quantized, rt: Runtime) -> None:
     """Say which tensors are stored how, and put what they take before compression in the JSON."""
     groups: dict[tuple[str, str], list] = collections.defaultdict(list)
     for name, stored in tensors.items():
@@ -3750,9 +3623,7 @@ def log_storage(tensors: Mapping[str, Codes | Floats], rt: Runtime) -> None:
     rt.log.put(storage=facts)
 
 
-def write_artifact(
-    model: GPT, hessians: Mapping[str, Tensor], header: Mapping[str, Any], rt: Runtime
-) -> None:
+def write_artifact(model: GPT, hessians: Hessians, header: Mapping[str, Any], rt: Runtime) -> None:
     """Quantize the model and write what a run leaves on disk. Runs on rank 0 alone."""
     cfg = model.cfg
     if cfg.save_checkpoint:
@@ -3820,44 +3691,58 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
+class Rows(NamedTuple):
+    """Windows that go through the model side by side; each scores its last `tail` targets.
+
+    starts: of the windows, (rows,); those that only fill up the shape come last. targets: what they
+    score, in order.
+    """
+
+    starts: np.ndarray
+    tail: int
+    targets: range
+
+
 class Turn(NamedTuple):
     """What is scored before a learner may move the weights, and what it may learn from then.
 
-    windows: consecutive ones; learns: (first, stop) of targets, or None; number: of the turn.
+    windows: how many are in the forwards; learns: (first, stop) of targets, or None; number: of the
+    turn, out of `turns`; left: windows of the turns that follow.
     """
 
-    windows: list[Window]
+    forwards: list[Rows]
+    windows: int
     learns: tuple[int, int] | None
     number: int
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The targets that are scored, in order."""
-        return np.arange(self.windows[0].first_scored, self.windows[-1].stop)
+    turns: int
+    left: int
 
 
 FORWARDS_PER_CHUNK = 8  # or a multiple: equal work for so many ranks
 
 
-class WindowProtocol:
+class Windows:
     """The protocol `windows`: the whole text from left to right, a turn for each chunk of targets.
 
     Args:
         stride: targets per window; EVAL_SEQ_LEN: windows side by side.
         chunk: targets between two turns of learning; 0: nothing is learned.
+        deadline: seconds of the evaluation budget at which all must be scored.
     Attributes: rows, windows in a forward that score their last `stride` targets; whole_rows, of
     those that score all they read; plain_from, the target from which on windows stand side by side
-    to save time, or None.
+    to meet the deadline, or None.
     """
 
-    def __init__(self, total: int, cfg: Config, stride: int, chunk: int = 0):
+    def __init__(
+        self, total: int, cfg: Config, stride: int, chunk: int = 0, deadline: float = math.inf
+    ):
         self.total, self.length, self.stride = total, cfg.eval_seq_len, stride
         self.whole_rows = most = cfg.micro_batch_tokens // self.length
         self.learns, self.chunk = bool(chunk), chunk or 2 * FORWARDS_PER_CHUNK * most * stride
         per_chunk = -(-self.chunk // stride)
         forwards = FORWARDS_PER_CHUNK * -(-per_chunk // (FORWARDS_PER_CHUNK * most))
         self.rows, self.turns = -(-per_chunk // forwards), -(-total // self.chunk)
-        self.scored, self.plain_from = 0, None
+        self.scored, self.plain_from, self.deadline = 0, None, deadline
 
     def declared(self) -> str:
         """SHA-256 of the order of all targets, before any of them is scored."""
@@ -3869,23 +3754,32 @@ class WindowProtocol:
             windows = list(sliding_windows(self.total, self.length, self.stride, self.scored, stop))
             if windows:  # else the window before reached the end
                 self.scored = windows[-1].stop
-            last = number == self.turns - 1
-            yield Turn(windows, (first, stop) if self.learns and not last else None, number)
+            learns = (first, stop) if self.learns and number < self.turns - 1 else None
+            place = learns, number, self.turns, self.windows_left(self.stride)
+            yield Turn(self.forwards(windows), len(windows), *place)
+
+    def forwards(self, windows: Sequence[Window]) -> list[Rows]:
+        """Consecutive windows, cut the same way for any number of ranks, in equal shapes."""
+        found = []
+        for whole, same in itertools.groupby(windows, key=lambda w: w.first_scored == w.start):
+            same = list(same)
+            size = self.whole_rows if whole else self.rows
+            tail = same[0].start + self.length - same[0].first_scored
+            for batch in (same[i : i + size] for i in range(0, len(same), size)):
+                starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
+                targets = range(batch[0].first_scored, batch[-1].stop)
+                found.append(Rows(starts, tail, targets))
+        return found
 
     def windows_left(self, stride: int) -> int:
         """Windows that score what is left."""
         return -(-(self.total - self.scored) // stride)
 
     def keep_pace(self, pace: Pace) -> None:
-        """Put windows side by side from here on, if another turn like the last would be too much.
-
-        That is so if the rest could not be scored in windows side by side after it.
-        """
-        turn = self.windows_left(self.stride) - self.windows_left(self.length)
-        turn = min(turn, -(-self.chunk // self.stride))
-        if self.stride < self.length and pace.late(
-            score=turn + self.windows_left(self.length), learn=self.learns
-        ):
+        """Put windows side by side from here on, if the rest so could not follow one more turn."""
+        turn, plain = -(-self.chunk // self.stride), self.windows_left(self.length)
+        late = self.stride < self.length and pace.late(score=turn + plain, learn=self.learns)
+        if late and plain:
             self.stride, self.plain_from = self.length, self.scored
 
 
@@ -3895,7 +3789,7 @@ class Ledger:
     A learner gets its text from here alone, and `text` hands out what is scored.
 
     Args:
-        declared: digest of the order in which targets will be scored, see `WindowProtocol`.
+        declared: digest of the order in which targets will be scored, see `Windows`.
     Attributes: nats, (total,) float32 losses by target; times, (total,) how often each was scored;
     scored, how many are; updates, (first, stop, scored so far) of the text of each optimizer step;
     seconds, what all this bookkeeping took.
@@ -3972,9 +3866,7 @@ class Static:
         options = dict(plan=self.plan, reduction="none", tail=tail)
         return self.model(*inputs_and_targets(windows), **options)
 
-    def learn(
-        self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace, protocol: WindowProtocol
-    ) -> None:
+    def learn(self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace) -> None:
         """Called once the targets of turn.learns are scored; may change the model.
 
         draw() is their text (n + 1,), for one optimizer step.
@@ -4002,17 +3894,13 @@ class GlobalTTT(Static):
         self.copies = [Ema(model, decay) for decay in decays]
         self.adapted, self.stopped = 0, False
 
-    def learn(
-        self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace, protocol: WindowProtocol
-    ) -> None:
-        chunks = self.cfg.ttt_train_chunks or protocol.turns
-        left = protocol.windows_left(protocol.stride)
-        if not self.stopped and pace.late(learn=1, score=left):
+    def learn(self, turn: Turn, draw: Callable[[], np.ndarray], pace: Pace) -> None:
+        chunks = self.cfg.ttt_train_chunks or turn.turns
+        if not self.stopped and pace.late(learn=1, score=turn.left):
             self.stopped = True
-            self.rt.log.line(
-                f"ttt:stopped adapting after {self.adapted} chunks, scoring goes on: "
-                f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
-            )
+            limit = f"EVAL_WALLCLOCK_SECONDS={self.cfg.eval_wallclock_seconds:g}"
+            done = f"stopped adapting after {self.adapted} chunks, scoring goes on"
+            self.rt.log.line(f"ttt:{done}: {limit}")
         if turn.number < chunks and not self.stopped:
             swing = 0.5 * (1 + math.cos(math.pi * turn.number / max(chunks - 1, 1)))
             self.optimizer.param_groups[0]["lr"] = self.cfg.ttt_lr * swing
@@ -4036,82 +3924,55 @@ class GlobalTTT(Static):
 
 
 @torch.no_grad()
-def score_turn(
-    learner: Static, turn: Turn, text: np.ndarray, protocol: WindowProtocol, rt: Runtime
-) -> Tensor:
+def score_turn(learner: Static, turn: Turn, text: np.ndarray, length: int, rt: Runtime) -> Tensor:
     """Losses of all targets of a turn, (n,) float32, the same on every rank.
 
-    Windows are cut into forwards the same way for any number of ranks, which share the forwards: so
-    the losses are the same to the bit. The last forward is filled up, so that all shapes are equal.
+    The ranks share whole forwards, so the losses are the same to the bit for any number of them.
     Only the final sum is a collective.
     """
-    windows, length = turn.windows, protocol.length
-    origin = windows[0].first_scored
-    nats = torch.zeros(windows[-1].stop - origin, device=rt.device)
-    for whole, same in itertools.groupby(windows, key=lambda w: w.first_scored == w.start):
-        same = list(same)
-        tail = same[0].start + length - same[0].first_scored
-        size = protocol.whole_rows if whole else protocol.rows
-        batches = [same[i : i + size] for i in range(0, len(same), size)]
-        for batch in batches[rt.share(len(batches))]:
-            starts = np.array([w.start for w in batch] + [0] * (size - len(batch)))
-            places = np.minimum(starts[:, None] + np.arange(length + 1), len(text) - 1)
-            losses = learner.score(rt.to_device(text[places]), tail)
-            first, stop = batch[0].first_scored - origin, batch[-1].stop - origin
-            nats[first:stop] = losses.flatten()[: stop - first]
+    sizes = [len(rows.targets) for rows in turn.forwards]
+    nats, mine = torch.zeros(sum(sizes), device=rt.device), rt.share(len(sizes))
+    for rows, losses in list(zip(turn.forwards, nats.split(sizes), strict=True))[mine]:
+        places = np.minimum(rows.starts[:, None] + np.arange(length + 1), len(text) - 1)
+        found = learner.score(rt.to_device(text[places]), rows.tail)
+        losses.copy_(found.flatten()[: len(losses)])
     rt.sum_(nats)
     return nats
 
 
 def evaluate(
-    learner: Static,
-    protocol: WindowProtocol,
-    val: ValidationTokens,
-    rt: Runtime,
-    *,
-    show: Callable[..., None],
-    deadline: float = math.inf,
+    name: str, learner: Static, protocol: Windows, val: ValidationTokens, rt: Runtime
 ) -> tuple[Score, Ledger]:
     """Score the validation text: the protocol says in which order, the learner by which weights.
 
-    Args:
-        show: progress, called with the fraction done.
-        deadline: seconds of the evaluation budget at which all must be scored; to keep it, learner
-            and protocol give up what they can.
+    name: of the progress. To meet the deadline, learner and protocol give up what they can.
     """
-    ledger = Ledger(val.tokens, protocol.declared())
-    pace = Pace(rt, Budget.EVALUATION, deadline)
+    ledger, show = Ledger(val.tokens, protocol.declared()), rt.log.progress(name)
+    pace = Pace(rt, Budget.EVALUATION, protocol.deadline)
     for turn in protocol:
-        with pace.piece("score", len(turn.windows)):
-            if turn.windows:
-                ledger.record(turn.targets, score_turn(learner, turn, val.tokens, protocol, rt))
+        with pace.piece("score", turn.windows):
+            if turn.forwards:
+                nats = score_turn(learner, turn, val.tokens, protocol.length, rt)
+                targets = np.concatenate([rows.targets for rows in turn.forwards])
+                ledger.record(targets, nats)
         show(ledger.scored / len(ledger.nats))
         if turn.learns:
-            draw = functools.partial(ledger.text, *turn.learns)
-            learner.learn(turn, draw, pace, protocol)
+            learner.learn(turn, functools.partial(ledger.text, *turn.learns), pace)
         protocol.keep_pace(pace)
     return ledger.score(val.target_bytes), ledger
 
 
 def score_stage(
-    name: str,
-    learner: Static,
-    protocol: WindowProtocol,
-    val: ValidationTokens,
-    rt: Runtime,
-    *,
-    phase: str = "",
-    deadline: float = math.inf,
+    name: str, learner: Static, protocol: Windows, val: ValidationTokens, rt: Runtime
 ) -> Score:
     """Time an evaluation and report it: the line users look for, and facts in the JSON.
 
-    phase: of the budget; empty: of the same name.
+    name: of the stage, and of its phase of the budget; "diagnostic" if there is none of that name.
     """
-    log, phase = rt.log, phase or name
+    log, phase = rt.log, name if name in Budget.EVALUATION else "diagnostic"
     before = rt.budget.total(phase)
     with rt.budget.phase(phase):
-        options = dict(show=log.progress(name), deadline=deadline)
-        result, ledger = evaluate(learner, protocol, val, rt, **options)
+        result, ledger = evaluate(name, learner, protocol, val, rt)
     seconds, plain_from = rt.budget.total(phase) - before, protocol.plain_from
     score = f"val_loss:{result.loss:.8f} val_bpb:{result.bpb:.8f}"
     log.line(f"{name} {score} eval_time:{seconds * 1e3:.0f}ms")
@@ -4135,20 +3996,19 @@ def score_model(
     model: GPT, plan: DepthPlan, val: ValidationTokens, cfg: Config, rt: Runtime
 ) -> Score:
     """Score a model in every way that is set; returns the last, strongest score."""
-    total, limit = len(val.target_bytes), cfg.eval_wallclock_seconds or math.inf
-    static, protocol = Static(model, plan), functools.partial(WindowProtocol, total, cfg)
-    score = score_stage("quantized", static, protocol(cfg.eval_seq_len), val, rt)
+    limit = cfg.eval_wallclock_seconds or math.inf
+    windows = functools.partial(Windows, len(val.target_bytes), cfg)
+    static = Static(model, plan)
+    score = score_stage("quantized", static, windows(cfg.eval_seq_len), val, rt)
     if cfg.sliding_window_enabled:
         # What comes after it must at least be able to score all in windows side by side.
         deadline = limit - rt.budget.total("quantized") * cfg.ttt_enabled
-        name, windows = "quantized_sliding_window", protocol(cfg.eval_stride)
-        score = score_stage(name, static, windows, val, rt, deadline=deadline)
+        sliding = windows(cfg.eval_stride, deadline=deadline)
+        score = score_stage("quantized_sliding_window", static, sliding, val, rt)
     if cfg.ttt_enabled:
-        ttt, windows = (
-            GlobalTTT(model, plan, cfg, rt),
-            protocol(cfg.eval_stride, cfg.ttt_chunk_tokens),
-        )
-        score = score_stage("quantized_ttt", ttt, windows, val, rt, deadline=limit)
+        ttt = GlobalTTT(model, plan, cfg, rt)
+        sliding = windows(cfg.eval_stride, cfg.ttt_chunk_tokens, limit)
+        score = score_stage("quantized_ttt", ttt, sliding, val, rt)
         rt.log.put(ttt=dict(chunks_adapted=ttt.adapted, complete=not ttt.stopped))
     return score
 
@@ -4193,15 +4053,14 @@ def run(cfg: Config, rt: Runtime) -> None:
     announce_text(val, table, proof, cfg, rt)
     path, steps = Path(cfg.artifact) if cfg.artifact else rt.folder.path("bin"), 0
     if not cfg.artifact:
-        steps = produce(stored, val, backend, cfg, rt, digest=table.digest)
+        steps = produce(stored, val, backend, cfg, rt)
     with rt.budget.phase("decompression"):
         if not cfg.artifact:
             stored = open_stored(path, cfg, rt)
         if stored.header.get("tokenizer_sha256") != table.digest:
-            raise ArtifactError(
-                f"{path}: trained with another tokenizer than {cfg.tokenizer_file} (sha256 "
-                f"{table.digest[:16]}...); set TOKENIZER_PATH and DATA_PATH"
-            )
+            other = f"{cfg.tokenizer_file} (sha256 {table.digest[:16]}...)"
+            found = f"trained with another tokenizer than {other}"
+            raise ArtifactError(f"{path}: {found}; set TOKENIZER_PATH and DATA_PATH")
         model = stored.model(backend, rt)
     if reasons := stored.header.get("invalid_for_records"):
         rt.log.line(f"invalid_for_records: {'; '.join(reasons)}")
@@ -4216,9 +4075,7 @@ def announce(cfg: Config, rt: Runtime) -> None:
     facts, code = rt.describe(), dict(bytes=code_bytes(), sha256=file_sha256(Path(__file__)))
     log, settings = rt.log, cfg.values()
     if "smoke" in cfg.sources.values():
-        log.line(
-            "smoke: small run on the embedded sample; SMOKE=0, a data path or a size: full scale"
-        )
+        log.line("smoke: small run on the sample; SMOKE=0, a data path or a size: full scale")
     for warning in cfg.warnings:
         log.line(f"warning: {warning}")
     log.line(f"code_bytes: {code['bytes']} code_sha256: {code['sha256']}")
@@ -4243,7 +4100,7 @@ def announce_text(
         val_tokens=len(val.target_bytes),
         val_bytes=int(val.target_bytes.sum(dtype=np.int64)),
         dropped_tail=val.dropped,
-        tokenizer_sha256=table.digest,
+        tokenizer_sha256=val.tokenizer_sha256,
         **proof,
     )
     rt.log.line(" ".join(f"{key}: {value}" for key, value in facts.items()))
@@ -4264,26 +4121,11 @@ TRAINED_ON_VALIDATION = "trained on the validation text before it was scored"
 
 
 def produce(
-    stored: Stored | None,
-    val: ValidationTokens,
-    backend: Backend,
-    cfg: Config,
-    rt: Runtime,
-    *,
-    digest: str,
+    stored: Stored | None, val: ValidationTokens, backend: Backend, cfg: Config, rt: Runtime
 ) -> int:
-    """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained.
-
-    digest: of the tokenizer.
-    """
+    """Train (or take a checkpoint), quantize, and write the artifact. Returns the steps trained."""
     with rt.together(), rt.budget.phase("data"):
-        loader = Loader(
-            find_shards(cfg.dataset_dir, "train"),
-            seq_len=cfg.train_seq_len,
-            vocab_size=cfg.vocab_size,
-            seed=cfg.seed,
-            order=cfg.loader,
-        )
+        loader = Loader(find_shards(cfg.dataset_dir, "train"), cfg)
     announce_size(cfg, rt)
     rt.log.line(f"train_shards: {len(loader.shards)} train_tokens: {sum(map(len, loader.shards))}")
     if stored is not None:
@@ -4291,11 +4133,11 @@ def produce(
         model, trained = stored.model(backend, rt), Trained(0, stored.header["looped"], reasons)
     else:
         model, trained = train_model(loader, val, backend, cfg, rt)
-    plan, total = depth_plan(cfg, looped=trained.looped), len(val.target_bytes)
+    plan = depth_plan(cfg, looped=trained.looped)
 
     def diagnose(name: str) -> None:
-        windows = WindowProtocol(total, cfg, cfg.eval_seq_len)
-        score_stage(name, Static(model, plan), windows, val, rt, phase="diagnostic")
+        windows = Windows(len(val.target_bytes), cfg, cfg.eval_seq_len)
+        score_stage(name, Static(model, plan), windows, val, rt)
 
     diagnose("pre-quantization post-ema")
     if cfg.prequant_ttt_epochs:
@@ -4310,8 +4152,9 @@ def produce(
     rt.log.line(f"GPTQ:collected {len(hessians)} Hessians in {seconds:.1f}s")
     with rt.together():
         if rt.is_main:
-            facts = dict(tokenizer_sha256=digest, invalid_for_records=trained.invalid_for_records)
-            header = dict(model=cfg.model_settings(), looped=trained.looped, **facts)
+            facts = dict(looped=trained.looped, invalid_for_records=trained.invalid_for_records)
+            text = dict(tokenizer_sha256=val.tokenizer_sha256)
+            header = dict(model=cfg.model_settings(), **facts, **text)
             write_artifact(model, hessians, header, rt)
     return trained.steps
 
@@ -4326,10 +4169,9 @@ def train_model(
     rt.log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
 
     def validate(plan: DepthPlan, prefix: str) -> None:
-        windows = WindowProtocol(len(val.target_bytes), cfg, cfg.eval_seq_len)
+        windows = Windows(len(val.target_bytes), cfg, cfg.eval_seq_len)
         with rt.budget.phase("diagnostic"):
-            show = rt.log.progress("validation")
-            score, _ = evaluate(Static(model, plan), windows, val, rt, show=show)
+            score, _ = evaluate("validation", Static(model, plan), windows, val, rt)
         rt.log.line(f"{prefix} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
 
     with rt.budget.phase("warm-up"):

@@ -60,13 +60,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table; the first column is left aligned, the others right aligned."""
-    rule = ["---"] + ["--:"] * (len(head) - 1)
-    lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
-    return [line.replace("|  |", "| |") for line in lines]
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """The lines of a Markdown table: the first column left, the others right aligned."""
     rule = ["---"] + ["--:"] * (len(head) - 1)
     lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))

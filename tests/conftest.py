@@ -20,10 +20,9 @@ if not torch.cuda.is_available():  # the kernels run in Triton's interpreter; be
     os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from train_gpt import Config, Log, Runtime  # noqa: E402
+from train_gpt import BOS, Config, Runtime  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny; two threads would mostly wait for each other
-BOS = 1
 # The options of the public SP tokenizers.
 TOKENIZER_OPTIONS = dict(
     vocab_size=384,
@@ -146,7 +145,7 @@ def tiny_cfg(tiny_env) -> Config:
 
 @pytest.fixture
 def rt() -> Runtime:
-    """One process on the CPU."""
+    """One process on the CPU; its log is silent."""
     runtime = Runtime(Config(compute_dtype="float32", compile="0"), {})
     runtime.device = torch.device("cpu")  # also where there is a GPU
     return runtime
@@ -200,9 +199,3 @@ def gloo_rank(pipe, env: dict[str, str], function, args) -> None:
     except BaseException:
         answer = traceback.format_exc(), None
     pipe.send_bytes(pickle.dumps(answer))  # whole: Pipe.send would share a tensor's memory
-
-
-@pytest.fixture
-def silent_log(tmp_path) -> Log:
-    """A log that says nothing, as on ranks other than the first."""
-    return Log(str(tmp_path), "silent", enabled=False)
