@@ -2281,7 +2281,7 @@ class ValueEmbedding(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `head` is tied: its rows embed the tokens. rows: the table's row of each tensor."""
+    """The model. `head` is tied: its rows embed the tokens. rows: of the table, by tensor."""
 
     def __init__(self, cfg: Config, backend: Backend = EAGER):
         super().__init__()
