@@ -87,12 +87,11 @@ class Codec:
             raise DataError(f"{self.path}: not a SentencePiece model ({error})") from error
         self.table = ByteTable.from_file(self.path, len(proto.pieces))
         spec, pieces = proto.normalizer_spec, [piece.piece for piece in proto.pieces]
-        if (spec.name, spec.add_dummy_prefix) != ("nmt_nfkc", False) or self.table.bos != BOS:
+        if (spec.name, spec.add_dummy_prefix) != ("nmt_nfkc", False):
             raise DataError(
                 f"{self.path}: found normalisation {spec.name or 'none'}, "
-                f"add_dummy_prefix={spec.add_dummy_prefix}, BOS={self.table.bos}; expected "
-                f"nmt_nfkc, False and {BOS}, so that bytes are counted as in other sets; use "
-                "another tokenizer"
+                f"add_dummy_prefix={spec.add_dummy_prefix}; expected nmt_nfkc and False, so that "
+                "bytes are counted as in other sets; use another tokenizer"
             )
         if transform == "caseops":
             self.marks = caseops.Marks.find(pieces, fuse=fuse)
