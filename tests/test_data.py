@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import threading
 
 import numpy as np
@@ -45,11 +46,11 @@ def raw(blob):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: write_shard(p, [1, 2], magic=20240521), "no token shard: expected 1024 header"),
-        (raw(b""), "no token shard: expected 1024 header"),
-        (raw(b"x"), "no token shard: expected 1024 header"),
-        (raw(np.array([20240520, 1, 3], "<i4").tobytes()), "no token shard"),
-        (raw(np.array([20240520, 1], ">i4").tobytes() + bytes(1024)), "no token shard"),
+        (lambda p: write_shard(p, [1, 2], magic=20240521), "not a token shard: expected 1024"),
+        (raw(b""), "not a token shard: expected 1024"),
+        (raw(b"x"), "not a token shard: expected 1024"),
+        (raw(np.array([20240520, 1, 3], "<i4").tobytes()), "not a token shard"),
+        (raw(np.array([20240520, 1], ">i4").tobytes() + bytes(1024)), "not a token shard"),
         (lambda p: write_shard(p, [1, 2], version=2), "shard version 2, expected 1"),
         (lambda p: write_shard(p, [1, 2], count=3), "promises 3 tokens, file holds 2;"),
         (lambda p: write_shard(p, [1, 2], count=1), "promises 1 tokens, file holds 2;"),
@@ -111,14 +112,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("shards")
 
 
-def make_loader(folder, lengths, seq_len, seed=0):
+def make_loader(folder, lengths, seq_len=8, seed=0, order="shuffled"):
     """A loader of shards in which no token occurs twice, so a window tells where it lies."""
     paths, ends = [], np.cumsum([0, *lengths])
     for number, (start, stop) in enumerate(itertools.pairwise(ends)):
         path = folder / f"fineweb_train_{number:06}.bin"
         path.unlink(missing_ok=True)  # another loader may have mapped it
         paths.append(write_shard(path, np.arange(start, stop)))
-    return Loader(paths, seq_len=seq_len, vocab_size=int(ends[-1]), seed=seed)
+    size = int(ends[-1])
+    return Loader(paths, Config(train_seq_len=seq_len, vocab_size=size, seed=seed, loader=order))
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,6 +183,37 @@ def test_any_window_can_be_asked_for_at_any_time(folder):
         assert loader.windows(index, 1)[0].tolist() == order[index].tolist()
     assert loader.windows(7, 20).tolist() == order[7:27].tolist()
     assert loader.windows(5, 0).shape == (0, 9)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_sequential_loader_gives_the_windows_as_they_stand_again_and_again(tmp_path, seed):
+    loader = make_loader(tmp_path, [41, 30, 8], seed=seed, order="sequential")
+    starts = [*range(0, 33, 8), *range(41, 41 + 22, 8)]  # the last shard holds no target more
+    found = loader.windows(0, 3 * len(starts))
+    assert found[:, 0].tolist() == 3 * starts
+    assert (np.diff(found.astype(int), axis=1) == 1).all()
+
+
+def test_a_coprime_loader_walks_each_shard_with_one_stride_and_misses_nothing(tmp_path):
+    loader = make_loader(tmp_path, [230, 120, 5], seed=3, order="coprime")
+    first, strides = 0, set()
+    for number in range(6):
+        _, firsts, order = loader.epoch(number)
+        assert sorted(order) == list(range(len(order))), "every window once per epoch"
+        for low, high in itertools.pairwise(firsts[:2].tolist() + [len(order)]):
+            walk = [window - low for window in order if low <= window < high]
+            steps = set((np.diff(walk) % (high - low)).tolist())
+            assert len(steps) == 1
+            assert math.gcd(*steps, high - low) == 1
+            strides |= steps
+        assert len(set(loader.windows(first, len(order))[:, 0].tolist())) == len(order)
+        half = order[: len(order) // 2] < firsts[1]
+        share = firsts[1] / len(order)
+        assert abs(half.mean() - share) < 0.1, "the shards are interleaved"
+        first += len(order)
+    assert len(strides) > 3
+    other = make_loader(tmp_path, [230, 120, 5], seed=4, order="coprime")
+    assert other.windows(0, 30).tolist() != loader.windows(0, 30).tolist()
 
 
 def ranks(world):
@@ -333,7 +366,6 @@ def test_the_table_follows_the_rules_of_the_field_entry_by_entry(dataset):
     assert charged == [naive[p][q] for p, q in pairs[::61]]
     stream = table.charge(pairs.ravel())[::2]  # all pairs at once
     assert stream.tolist() == list(itertools.chain(*naive))
-    assert table.bos == 1
     assert naive[5][BOS] == 0
 
 
@@ -347,8 +379,9 @@ MISCOUNTING = {
     "pieces of several words": (dict(split_by_whitespace=False), "a space past its beginning"),
     "words, no letters": (dict(model_type="word", byte_fallback=False), "bare space"),
     "its own mark as a symbol": (dict(user_defined_symbols=["\u2581"]), "is miscounted"),
-    "no BOS": (dict(bos_id=-1, eos_id=1, unk_id=2), "no BOS"),
-    "BOS that can be typed": (dict(user_defined_symbols=["<s>"]), "no BOS"),
+    "no BOS": (dict(bos_id=-1, eos_id=1, unk_id=2), "its BOS is -1, expected 1"),
+    "another BOS": (dict(bos_id=2, eos_id=1), "its BOS is 2, expected 1"),
+    "BOS that can be typed": (dict(user_defined_symbols=["<s>"]), "its BOS is -1, expected 1"),
 }
 
 
@@ -396,7 +429,6 @@ def test_bytes_as_tokens_are_charged_one_each_and_their_controls_nothing(tmp_pat
     text = "z\u0142oty \u2581 \U0001f600\x00".encode()
     stream = np.array([BOS, *(4 + byte for byte in text), 2, BOS, 0, 3, 259], np.uint16)
     assert table.charge(stream).tolist() == [1] * len(text) + [0, 0, 0, 0, 1]
-    assert table.bos == BOS
     with pytest.raises(DataError, match="expected the byte260 tokenizer and VOCAB_SIZE=260"):
         ByteTable.from_file(path, 1024)
     path.write_text('{"tokenizer_type": "bpe"}')
@@ -411,7 +443,7 @@ def test_bytes_as_tokens_are_charged_one_each_and_their_controls_nothing(tmp_pat
 def table():
     """A vocabulary of 100 in which token i has i bytes."""
     sizes = np.arange(100, dtype=np.int16)
-    return ByteTable(sizes, np.zeros(100, bool), sizes < 4, BOS, "digest")
+    return ByteTable(sizes, np.zeros(100, bool), sizes < 4, "digest")
 
 
 def val_shards(tmp_path, *parts):

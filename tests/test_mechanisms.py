@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import write_shard
 from test_evaluation import run_evaluate, small_model, text_of
 from test_model import SMALL, random_tokens
 from test_quantization import correlated
@@ -190,50 +189,6 @@ def test_projections_begin_orthogonal_so_that_a_zero_bigram_table_learns(tiny_cf
     model(tokens[:, :-1], tokens[:, 1:], plan=t.depth_plan(cfg, looped=False)).backward()
     assert not model.bigram.table.any()
     assert model.bigram.table.grad.any()
-
-
-# --- loaders ---
-
-
-def make_loader(folder, lengths, order, seed=0):
-    """A loader of windows of 8 over shards in which no token occurs twice."""
-    paths, ends = [], np.cumsum([0, *lengths])
-    for number, (start, stop) in enumerate(itertools.pairwise(ends)):
-        path = folder / f"fineweb_train_{number:06}.bin"
-        paths.append(write_shard(path, np.arange(start, stop)))
-    sizes = dict(seq_len=8, vocab_size=int(ends[-1]))
-    return t.Loader(paths, **sizes, seed=seed, order=order)
-
-
-@pytest.mark.parametrize("seed", [0, 5])
-def test_a_sequential_loader_gives_the_windows_as_they_stand_again_and_again(tmp_path, seed):
-    loader = make_loader(tmp_path, [41, 30, 8], "sequential", seed)  # noqa: F811
-    starts = [*range(0, 33, 8), *range(41, 41 + 22, 8)]  # the last shard holds no target more
-    found = loader.windows(0, 3 * len(starts))
-    assert found[:, 0].tolist() == 3 * starts
-    assert (np.diff(found.astype(int), axis=1) == 1).all()
-
-
-def test_a_coprime_loader_walks_each_shard_with_one_stride_and_misses_nothing(tmp_path):
-    loader = make_loader(tmp_path, [230, 120, 5], "coprime", 3)  # noqa: F811
-    first, strides = 0, set()
-    for number in range(6):
-        _, firsts, order = loader.epoch(number)
-        assert sorted(order) == list(range(len(order))), "every window once per epoch"
-        for low, high in itertools.pairwise(firsts[:2].tolist() + [len(order)]):
-            walk = [window - low for window in order if low <= window < high]
-            steps = set((np.diff(walk) % (high - low)).tolist())
-            assert len(steps) == 1
-            assert math.gcd(*steps, high - low) == 1
-            strides |= steps
-        assert len(set(loader.windows(first, len(order))[:, 0].tolist())) == len(order)
-        half = order[: len(order) // 2] < firsts[1]
-        share = firsts[1] / len(order)
-        assert abs(half.mean() - share) < 0.1, "the shards are interleaved"
-        first += len(order)
-    assert len(strides) > 3
-    other = make_loader(tmp_path, [230, 120, 5], "coprime", 4)
-    assert other.windows(0, 30).tolist() != loader.windows(0, 30).tolist()
 
 
 # --- training ---
