@@ -1014,7 +1014,10 @@ class Log:
 
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-GET_DATA = "fetch it with data/cached_challenge_fineweb.py or set DATA_PATH and TOKENIZER_PATH"
+GET_DATA = (
+    "fetch it with data/cached_challenge_fineweb.py, set DATA_PATH and TOKENIZER_PATH, or take the "
+    "sample with SMOKE=1"
+)
 OTHER_TOKENIZER = "the shards belong to another tokenizer"
 
 
@@ -1118,7 +1121,7 @@ class Loader:
         self.seq_len, self.vocab_size, self.seed = cfg.train_seq_len, cfg.vocab_size, cfg.seed
         self.epoch_ends: list[int] = []
         if max(map(len, self.shards)) <= self.seq_len:
-            window = f"one window of TRAIN_SEQ_LEN={self.seq_len}"
+            window = f"one window of TRAIN_SEQ_LEN={self.seq_len}; set it lower"
             raise DataError(f"{paths[0].parent}: no training shard is longer than {window}")
         self.epoch(0)
 
@@ -1127,14 +1130,12 @@ class Loader:
         """Phase and first window of each shard, and the order of all windows."""
         draw = np.random.default_rng([self.seed, number])
         spare = np.array([len(shard) - self.seq_len for shard in self.shards])
-        phases = draw.integers(0, np.clip(spare, 1, self.seq_len))
-        phases *= self.order != "sequential"
+        phases = draw.integers(0, np.clip(spare, 1, self.seq_len)) * (self.order != "sequential")
         counts = np.maximum((spare - 1 - phases) // self.seq_len + 1, 0) * (spare > 0)
         firsts = np.cumsum(counts) - counts
+        order = np.arange(counts.sum())
         if self.order == "shuffled":
-            order = draw.permutation(counts.sum())
-        else:
-            order = np.arange(counts.sum())
+            order = draw.permutation(order)
         if self.order == "coprime":
             walks = [coprime_walk(count, draw) for count in counts.tolist()]
             places = [(np.arange(len(walk)) + draw.random()) / max(len(walk), 1) for walk in walks]
@@ -1156,8 +1157,7 @@ class Loader:
             shard = int(np.searchsorted(firsts, window, side="right")) - 1
             start = phases[shard] + (window - firsts[shard]) * self.seq_len
             out[row] = self.shards[shard][start : start + self.seq_len + 1]
-            if out[row].max() >= self.vocab_size:
-                check_vocabulary(out[row], self.vocab_size, str(self.paths[shard]))
+            check_vocabulary(out[row], self.vocab_size, str(self.paths[shard]))
         return out
 
     def batches(self, rt: Runtime, rows: int, first: int = 0) -> Iterator[Tensor]:
