@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import BOS, documents, train_tokenizer, write_shard
+from conftest import BOS, documents, tokenize, train_tokenizer, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -475,6 +476,7 @@ def test_whole_windows_of_the_validation_text_are_kept(
     assert val.tokens.tolist() == tokens[: kept + 1]
     assert val.target_bytes.tolist() == tokens[1 : kept + 1]
     assert val.dropped == count - 1 - kept
+    assert val.tokenizer_sha256 == "digest"
 
 
 def test_a_limit_beyond_the_text_changes_nothing(tmp_path, table):
@@ -482,6 +484,23 @@ def test_a_limit_beyond_the_text_changes_nothing(tmp_path, table):
     unlimited = ValidationTokens.load(paths, table, seq_len=8)
     generous = ValidationTokens.load(paths, table, seq_len=8, limit=10**9)
     assert len(generous.tokens) == len(unlimited.tokens)
+
+
+def test_documents_are_decoded_to_the_texts_they_were_encoded_from(dataset):
+    texts = documents(30, seed=6)
+    tokens = np.array(tokenize(dataset / "tokenizer.model", texts), np.uint16)
+    expected = [text.encode() for text in texts]
+    assert list(t.decode_documents(tokens, dataset / "tokenizer.model")) == expected
+    model = sentencepiece.SentencePieceProcessor(model_file=str(dataset / "tokenizer.model"))
+    cut = tokens[4:]  # of the first document only a part
+    first = model.decode(model.encode(texts[0])[3:]).encode()
+    assert list(t.decode_documents(cut, dataset / "tokenizer.model")) == [first, *expected[1:]]
+
+
+def test_documents_of_bytes_are_decoded_to_their_bytes():
+    texts = ["z\u0142oty \x00".encode(), b"", bytes(range(256))]
+    stream = np.array([id for text in texts for id in (BOS, *(4 + b for b in text))], np.uint16)
+    assert list(t.decode_documents(stream, Path("tokenizer.json"))) == texts
 
 
 @pytest.mark.parametrize(
