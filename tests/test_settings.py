@@ -511,16 +511,32 @@ def test_every_setting_is_read_by_the_program():
 
 
 def other_values(text, setting):
-    """Values other than the default that a text gives to a setting, as variable or as keyword."""
+    """Values other than the default that a text gives to a setting.
+
+    As a variable, as a keyword, or in the list of a parametrized test.
+    """
     name, found = setting.name, set()
-    for value in re.findall(
+    values = re.findall(
         rf"\b(?:{name}|{name.upper()})[\"']?\s*[=:,]\s*(?:f(?=[\"']))?[\"']?([\w.+/-]+)", text
-    ):
+    )
+    for listed in re.findall(rf"parametrize\(\"{name}\", \[([^\]]*)\]", text):
+        values += [value.strip("\"' ") for value in listed.split(",")]
+    for value in values:
         try:
             found.add(t.parse_value(setting, value.removeprefix("str(")))
         except ValueError:
             continue
     return found - {setting.default}
+
+
+def test_a_second_value_is_found_as_variable_keyword_or_parameter_and_a_default_is_none():
+    (setting,) = (s for s in t.knobs() if s.name == "seed")
+    for text, values in (
+        ('{"SEED": "5"} Config(seed=6)', {5, 6}),
+        ('parametrize("seed", [1337, 7, 8])', {7, 8}),
+        ('SEED=1337 seed=seed "seed", [1, 2]', set()),
+    ):
+        assert other_values(text, setting) == values
 
 
 def test_every_setting_has_a_second_value_in_a_test_or_a_record():
