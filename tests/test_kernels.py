@@ -343,6 +343,15 @@ def test_flash_attention_3_is_taken_where_it_is_and_agrees(monkeypatch, document
         assert found == ("fa3", kernel, why)
 
 
+def test_flash_attention_3_that_does_not_import_is_not_taken(monkeypatch):
+    monkeypatch.setattr(t, "flash_attention_3", lambda rt: importlib.import_module("no_such_fa3"))
+    fault = "No module named 'no_such_fa3'"
+    found = t.choose_attention("auto", runtime(), documents=False)
+    assert found == ("sdpa", t.sdpa_attention, f"fa3 cannot be used: {fault}")
+    with pytest.raises(ConfigError, match=f"^ATTENTION=fa3: {fault}; unset it or set ATTENTION=sd"):
+        t.choose_attention("fa3", runtime(), documents=False)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_flash_attention_3_that_computes_something_wrong_is_not_taken(monkeypatch, documents):
     kernel = install_fa3(monkeypatch, **{"varlen_factor" if documents else "factor": 1.1})
