@@ -2842,8 +2842,8 @@ def train(model: GPT, loader: Loader, validate: Callable, cfg: Config, rt: Runti
     """Train the model in place and leave the average of its weights in it.
 
     Args:
-        validate: called every VAL_LOSS_EVERY steps with the plan of the step that follows and a
-            line prefix; it opens a phase of its own, so the clock of training stands still.
+        validate: called every VAL_LOSS_EVERY steps with a line prefix and the plan of the step that
+            follows, never masked; it opens a phase of its own, so training's clock stands still.
     Raises: DivergenceError on all ranks once the loss of any is not finite.
     """
     table, step, watch, rates = stages(cfg), 0, LossWatch(), {}
@@ -2863,7 +2863,7 @@ def train(model: GPT, loader: Loader, validate: Callable, cfg: Config, rt: Runti
                 rt.log.line(f"{change.name}:enabled step:{step} frac:{frac:.3f} {stage.plan}")
             if cfg.val_loss_every and step and step % cfg.val_loss_every == 0:
                 with report.off_the_clock():
-                    validate(stage.plan, f"{step}/{cfg.iterations}")
+                    validate(stage.plan._replace(masked=False), f"{step}/{cfg.iterations}")
             report.begin(seconds, stage.plan)
             rates = set_schedule(optimizers, step, frac, cfg)
             loss = train_step(model, next(batches), optimizers, cfg, rt, plan=stage.plan)

@@ -1,11 +1,13 @@
-"""Section 4: the model is #1493, its wiring is data, and one forward does it all."""
+"""Section 6: the model is #1493, its wiring is data, and one forward does it all."""
 
+import copy
 import dataclasses
 import functools
 import itertools
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-from train_gpt import GPT, Config, ConfigError, depth_plan
+from train_gpt import EAGER, GPT, Config, depth_plan
 
 SMALL = Config(
     vocab_size=40,
@@ -25,21 +27,29 @@ SMALL = Config(
     rope_train_seq_len=16,
     train_seq_len=16,
 )
-# As logged by #1493 before and after recurrence starts.
+# Systems #578 and #1487, small.
+WIDE = dict(bigram_vocab_size=11, bigram_dim=6, smear_gate_enabled=True, ve_dim=5)
+SEQUENTIAL = dict(parallel_residual_start=11, num_loops=0, xsa_last_n=4, leaky_relu_slope=0.0)
+LIKE_578 = dict(skip_gates_enabled=False, **SEQUENTIAL, **WIDE)
+LIKE_1487 = dict(parallel_residual_form="lanes", num_loops=1, max_skips=5, ve_dim=5)
+# As logged by #1493 before and after recurrence starts; and with one loop.
 PLAIN = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]
 LOOPED = [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10]
+ONCE = [0, 1, 2, 3, 4, 5, 3], [4, 5, 6, 7, 8, 9, 10]
+SDPA = EAGER._replace(attention=t.sdpa_attention)
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")]
 KERNELS = ["plain", "sdpa", pytest.param("fa3", marks=ON_GPU)]
 
 
-def random_model(cfg, kernel=t.plain_attention, dtype=torch.float32, seed=0):
+def random_model(cfg, backend=EAGER, seed=0):
     """A model in which no weight is zero or one, so that all of them matter."""
-    model, draw = GPT(cfg, kernel, dtype), torch.Generator().manual_seed(seed)
+    model, draw = GPT(cfg, backend), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 1.0 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=draw)
+            scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0
+            p.copy_(noise * scale if p.dim() else 0.4 + 0.2 * noise.clamp(-1, 1))
     return model
 
 
@@ -67,7 +77,7 @@ def test_the_default_model_has_35_944_536_parameters(full):
     assert not list(full.buffers())
 
 
-PER_LAYER = {  # System #1493: shape, init, optimizer, stored bits, clipping range
+PER_LAYER = {  # System #1493: shape, init, optimizer, stored bits (0: float16), clipping range
     "attn.q.weight": ((512, 512), "orthogonal", "matrix", 6, 12.85),
     "attn.k.weight": ((256, 512), "orthogonal", "matrix", 6, 12.85),
     "attn.v.weight": ((256, 512), "orthogonal", "matrix", 6, 12.85),
@@ -104,14 +114,15 @@ def check_init(weight, init):
 
 @torch.no_grad()
 def test_every_tensor_has_the_shape_init_optimizer_and_bits_of_the_inventory(full):
-    tensors, rules = dict(full.named_parameters()), t.tensor_rules(Config())
-    assert set(tensors) == set(INVENTORY)
+    tensors = dict(full.named_parameters())
+    assert set(tensors) == set(full.rows) == set(INVENTORY)
     for name, (shape, init, optimizer, bits, sigmas) in INVENTORY.items():
         assert tensors[name].shape == shape, name
         assert tensors[name].dtype == torch.float32
         check_init(tensors[name], init)
-        rule = t.rule_of(name, rules)
-        assert (rule.optimizer, rule.bits, rule.clip_sigmas) == (optimizer, bits, sigmas), name
+        row, codes = full.rows[name], t.AsCodes(bits, "descending", sigmas)
+        assert row.group == optimizer, name
+        assert row.store == (codes if bits else t.AsFloats("float16")), name
 
 
 def test_initial_weights_are_a_function_of_the_seed_and_differ_between_matrices():
@@ -154,6 +165,22 @@ def test_the_embedding_and_the_head_are_one_tensor():
         model.head.weight[0] *= torch.linspace(-1, 2, 32)  # the token that is read
     read = (model(tokens, plan=plan) - before).detach()[..., 1:]
     assert (read.abs() > 1e-3).any(), "other logits move because the input does"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (dict(skip_gates_enabled=False), {"skip_gates"}),
+        (dict(smear_gate_enabled=True), {"smear_gate"}),
+        (dict(parallel_residual_form="lanes"), {"lane_merge"}),
+        (dict(bigram_vocab_size=9), {"bigram.table", "bigram.proj.weight", "bigram.scale"}),
+        (dict(leaky_relu_slope=0.0), set()),
+    ],
+)
+def test_an_option_that_is_off_has_no_parameters(change, names):
+    both = SMALL, dataclasses.replace(SMALL, **change)
+    plain, changed = ({name for name, _ in GPT(cfg).named_parameters()} for cfg in both)
+    assert plain ^ changed == names
 
 
 # --- wiring ---
@@ -211,11 +238,33 @@ def test_every_pushed_skip_is_popped_once_last_first(layers, start, width):
         assert hash(plan) == hash(depth_plan(cfg, looped=looped))
 
 
-# --- the whole forward, once more, from the published description ---
+# --- the whole forward, once more, from the published descriptions ---
 
 
 def naive_norm(x):
     return x / torch.sqrt((x * x).mean() + torch.finfo(torch.float32).eps)
+
+
+def norm_rows(x):
+    return torch.stack([naive_norm(row) for row in x])
+
+
+def naive_input(w, tokens):
+    """The input stream of one row of tokens."""
+    x = w["head.weight"][tokens]
+    if "bigram.table" in w:
+        ids, last = tokens.tolist(), len(w["bigram.table"]) - 1
+        rows = [last] + [(36313 * b ^ 27191 * a) % last for a, b in itertools.pairwise(ids)]
+        x = x + w["bigram.scale"] * w["bigram.table"][rows] @ w["bigram.proj.weight"].T
+    x = norm_rows(x)
+    if "smear_gate" in w:
+        gate, before = torch.sigmoid(w["smear_gate"]), torch.zeros_like(x[0])
+        rows = []
+        for row in x:
+            rows.append((1 - gate) * row + gate * before)
+            before = row
+        x = torch.stack(rows)
+    return x
 
 
 def naive_rotate(x, position, length, cfg):
@@ -232,12 +281,19 @@ def naive_rotate(x, position, length, cfg):
     return out
 
 
-def naive_attention(n, weights, layer, cfg):
+def naive_attention(n, weights, layer, tokens, cfg):
     """(T, d) -> (T, d), position by position and head by head."""
     length, width = len(n), cfg.model_dim // cfg.num_heads
     W = {name: weights[f"blocks.{layer}.attn.{name}.weight"] for name in ("q", "k", "v", "out")}
     gain, rows = weights[f"blocks.{layer}.attn.q_gain"], []
-    q, k, v = ([list((W[m] @ x).split(width)) for x in n] for m in "qkv")
+    values = n @ W["v"].T
+    if cfg.ve_dim and layer in (9, 10):
+        name = "value_embedding."
+        shared = weights[name + "table"][tokens] @ weights[name + "proj.weight"].T
+        scale = weights[name + "layer_scales"][layer - 9] * weights[name + "scale"]
+        values = values + scale * shared
+    q, k = ([list((W[m] @ x).split(width)) for x in n] for m in "qk")
+    v = [x.split(width) for x in values]
     for pos in range(length):
         q[pos] = [naive_rotate(naive_norm(x), pos, length, cfg) for x in q[pos]]
         k[pos] = [naive_rotate(naive_norm(x), pos, length, cfg) for x in k[pos]]
@@ -257,32 +313,45 @@ def naive_attention(n, weights, layer, cfg):
     return torch.stack(rows)
 
 
-def naive_mlp(n, weights, layer):
+def naive_mlp(n, weights, layer, slope):
     up, down = (weights[f"blocks.{layer}.mlp.{name}.weight"] for name in ("up", "down"))
     z = n @ up.T
-    return (z.clamp(min=0) + 0.5 * z.clamp(max=0)) ** 2 @ down.T
+    return (z.clamp(min=0) + slope * z.clamp(max=0)) ** 2 @ down.T
 
 
 def naive_forward(weights, tokens, orders, cfg):
-    """Logits (T, V) of one row of tokens."""
+    """Logits (T, V) of one row of tokens; skips and lanes as the published pages tell them."""
     encoder, decoder = orders
-    norm = lambda x: torch.stack([naive_norm(row) for row in x])  # noqa: E731
-    x = x0 = norm(weights["head.weight"][tokens])
-    stack = []
+    x = x0 = naive_input(weights, tokens)
+    lane, stack = None, []
     for place, layer in enumerate([*encoder, *decoder]):
         j = place - len(encoder)
-        if j >= 0 and stack:
-            g = 1 / (1 + torch.exp(-weights["skip_gates"][j]))
-            x = (1 - g) * (weights["skip_weights"][j] * stack.pop()) + g * x
+        if 0 <= j < min(len(encoder), cfg.max_skips):
+            skip = weights["skip_weights"][j] * stack.pop()
+            if cfg.skip_gates_enabled:
+                g = 1 / (1 + torch.exp(-weights["skip_gates"][j]))
+                x = (1 - g) * skip + g * x
+            else:
+                x = x + skip
+        parallel = layer >= cfg.parallel_residual_start
+        lanes = parallel and cfg.parallel_residual_form == "lanes"
+        if lanes and lane is None:
+            lane = x
         a, b = weights[f"blocks.{layer}.resid_mix"]
         attn_scale, mlp_scale = (weights[f"blocks.{layer}.{s}_scale"] for s in ("attn", "mlp"))
         s, x_in = 1 / math.sqrt(layer + 1), a * x + b * x0
-        attn = attn_scale * naive_attention(norm(x_in) * s, weights, layer, cfg)
-        mlp_in = x_in if layer >= cfg.parallel_residual_start else x_in + attn
-        x = x_in + attn + mlp_scale * naive_mlp(norm(mlp_in) * s, weights, layer)
+        x = x_in + attn_scale * naive_attention(norm_rows(x_in) * s, weights, layer, tokens, cfg)
+        mlp_in = lane if lanes else x_in if parallel else x
+        update = naive_mlp(norm_rows(mlp_in) * s, weights, layer, cfg.leaky_relu_slope)
+        if lanes:
+            lane = lane + mlp_scale * update
+        else:
+            x = x + mlp_scale * update
         if j < 0:
             stack.append(x)
-    logits = norm(x) @ weights["head.weight"].T
+    if lane is not None:
+        x = weights["lane_merge"] * x + (1 - weights["lane_merge"]) * lane
+    logits = norm_rows(x) @ weights["head.weight"].T
     return cfg.logit_softcap * torch.tanh(logits / cfg.logit_softcap)
 
 
@@ -295,30 +364,28 @@ def naive_forward(weights, tokens, orders, cfg):
         (dict(xsa_last_n=0, logit_softcap=2.0, loop_end=5), True, LOOPED),
         # Two windows long: NTK rescale; one head of keys; no head dimension left unrotated.
         (dict(rope_train_seq_len=3, rope_base=100.0, num_kv_heads=1, rope_dims=8), True, LOOPED),
+        (LIKE_578, False, PLAIN),
+        (LIKE_1487, False, PLAIN),
+        (LIKE_1487, True, ONCE),
     ],
 )
 def test_the_forward_and_all_gradients_equal_a_naive_one(settings, looped, orders):
-    cfg, tokens = dataclasses.replace(SMALL, **settings), random_tokens(SMALL, 2, 7)
+    cfg, tokens = dataclasses.replace(SMALL, **settings), random_tokens(SMALL, 2, 8)
     model, plan = random_model(cfg), depth_plan(cfg, looped=looped)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
     weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
-    rows = [naive_forward(weights, row, orders, cfg) for row in tokens[:, :-1]]
-    torch.testing.assert_close(
-        model(tokens[:, :-1], plan=plan).double(), torch.stack(rows), rtol=1e-3, atol=1e-3
-    )
-    picked = [
-        row.log_softmax(-1)[range(6), row_tokens[1:]]
-        for row, row_tokens in zip(rows, tokens, strict=True)
-    ]
-    naive_loss = -torch.stack(picked).mean()
-    loss = model(tokens[:, :-1], tokens[:, 1:], plan=plan)
-    assert loss.item() == pytest.approx(naive_loss.item(), rel=1e-4)
-    loss.backward()
-    naive_loss.backward()
+    naive = torch.stack([naive_forward(weights, row, orders, cfg) for row in inputs])
+    logits = model(inputs, plan=plan)
+    torch.testing.assert_close(logits.double(), naive, rtol=1e-3, atol=1e-3)
+    losses = model(inputs, targets, plan=plan, reduction="none")
+    naive_losses = -naive.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    assert losses.sum().item() == pytest.approx(naive_losses.sum().item(), rel=1e-4)
+    losses.sum().backward()
+    naive_losses.sum().backward()
     for name, parameter in model.named_parameters():
-        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        expected = weights[name].grad
-        error = (got - (0 if expected is None else expected)).norm()
-        assert error <= 1e-3 * got.norm() + 1e-6, name
+        got, expected = parameter.grad, weights[name].grad
+        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-6, name
+        assert expected.any(), f"{name} has no effect, so this test says nothing about it"
 
 
 # --- parts of it, in closed form ---
@@ -331,7 +398,7 @@ def visits_of(model, tokens, plan):
     for layer, block in enumerate(model.blocks):
         hooks.append(
             block.register_forward_hook(
-                lambda module, args, out, layer=layer: seen.append((layer, args[0], out[0]))
+                lambda module, args, out, layer=layer: seen.append((layer, args[0], out))
             )
         )
         hooks.append(block.attn.q.register_forward_pre_hook(lambda m, args: reads.append(args[0])))
@@ -371,16 +438,15 @@ def test_the_norm_scale_is_that_of_the_physical_layer_on_every_visit():
 def test_a_parallel_block_reads_one_input_twice_and_a_sequential_one_does_not():
     block = random_model(SMALL).blocks[3]
     x, x0 = torch.randn(2, 1, 8, 32, generator=torch.Generator().manual_seed(0))
-    rotary = t.rotary_table(8, SMALL, torch.device("cpu"))
+    here = t.Pass(x0, rotary_table(8, SMALL), documents=None, values={}, rounding=None)
     a, b = block.resid_mix
     x_in = a * x + b * x0
     norm = lambda z: z / z.square().mean(-1, keepdim=True).sqrt() / math.sqrt(4)  # noqa: E731
-    attn = block.attn_scale * block.attn(norm(x_in), rotary)
-    parallel = x_in + attn + block.mlp_scale * block.mlp(norm(x_in))
-    sequential = x_in + attn + block.mlp_scale * block.mlp(norm(x_in + attn))
+    attn = block.attn_scale * block.attn(norm(x_in), here)
+    parallel = x_in + attn + block.mlp_scale * block.mlp(norm(x_in), here)
+    sequential = x_in + attn + block.mlp_scale * block.mlp(norm(x_in + attn), here)
     for form, expected in (("gptj", parallel), ("sequential", sequential)):
-        got, lane = block(x, x0, x0, rotary, form)
-        assert lane is x0
+        got = block(x, t.Visit(3, push=False, pop=-1, form=form), here)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(parallel, sequential, atol=0.1)
 
@@ -452,6 +518,41 @@ def test_rotated_products_depend_on_the_distance_alone():
     assert products[0].std() > 0.1
 
 
+def test_a_smear_gate_looks_back_one_token_and_never_ahead():
+    cfg = dataclasses.replace(SMALL, smear_gate_enabled=True)
+    model, tokens = random_model(cfg), random_tokens(cfg, 1, 8)
+    changed = tokens.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % cfg.vocab_size
+    moved = (model.embed(tokens) - model.embed(changed)).abs().amax(-1)[0] > 0
+    assert moved.nonzero().flatten().tolist() == [3, 4]
+
+
+def test_the_bigram_hash_has_a_bucket_of_its_own_for_the_first_token():
+    cfg = dataclasses.replace(SMALL, vocab_size=8192, bigram_vocab_size=2048, bigram_dim=1)
+    bigram = t.BigramHash(cfg)
+    bigram.table.data = torch.arange(2048.0)[:, None]
+    bigram.proj.weight.data.fill_(1.0)
+    bigram.scale.data.fill_(1.0)
+    tokens = random_tokens(cfg, 3, 50)
+    tokens[0, :3] = 8191
+    found = bigram(tokens, torch.float32)[..., 0].long().tolist()
+    for ids, row in zip(tokens.tolist(), found, strict=True):
+        pairs = [((36313 * b) ^ (27191 * a)) % 2047 for a, b in itertools.pairwise(ids)]
+        assert row == [2047, *pairs]
+
+
+@pytest.mark.parametrize(("scaled", "gain"), [(False, 1.0), (True, 22**-0.5)])
+def test_projections_begin_orthogonal_so_that_a_zero_bigram_table_learns(tiny_cfg, scaled, gain):
+    cfg = dataclasses.replace(tiny_cfg, scaled_projections=scaled, **WIDE)
+    model, tokens = GPT(cfg), random_tokens(cfg, 2, 9)
+    model.init_weights(0)
+    for proj in (model.bigram.proj.weight, model.value_embedding.proj.weight):
+        torch.testing.assert_close(proj.T @ proj, gain**2 * torch.eye(proj.shape[1]))
+    model(tokens[:, :-1], tokens[:, 1:], plan=depth_plan(cfg, looped=False)).backward()
+    assert not model.bigram.table.any()
+    assert model.bigram.table.grad.any()
+
+
 def test_logits_stay_within_the_softcap_and_small_ones_are_left_alone():
     cfg = dataclasses.replace(SMALL, logit_softcap=5.0)
     model, tokens = random_model(cfg), random_tokens(cfg, 2, 8)
@@ -486,23 +587,20 @@ def test_losses_are_minus_the_log_probabilities_and_the_tail_is_a_part_of_them()
                 torch.testing.assert_close(part, logits[:, -tail:])
 
 
-# --- attention kernels ---
-
-
-def kernel_of(name):
-    device = torch.device("cuda" if name == "fa3" else "cpu")
-    dtype = torch.bfloat16 if name == "fa3" else torch.float32
-    return t.select_attention(name, device, dtype)[1], device, dtype
+# --- attention and precision ---
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("looped", [False, True])
 @torch.no_grad()
-def test_a_changed_future_token_leaves_all_earlier_logits_as_they_were(name, looped):
-    kernel, device, dtype = kernel_of(name)
-    cfg = SMALL if name != "fa3" else dataclasses.replace(SMALL, model_dim=256)
-    model = random_model(cfg, kernel, dtype).to(device)
-    plan, tokens = depth_plan(cfg, looped=looped), random_tokens(cfg, 1, 13).to(device)
+def test_a_changed_future_token_leaves_all_earlier_logits_as_they_were(rt, name, looped):
+    cfg = SMALL
+    if name == "fa3":
+        rt.device, rt.compute_dtype = torch.device("cuda"), torch.bfloat16
+        cfg = dataclasses.replace(SMALL, model_dim=256)
+    backend = t.choose_backend(Config(attention=name), rt)
+    model = random_model(cfg, backend).to(rt.device)
+    plan, tokens = depth_plan(cfg, looped=looped), random_tokens(cfg, 1, 13).to(rt.device)
     before = model(tokens, plan=plan)
     for place in range(13):
         changed = tokens.clone()
@@ -513,98 +611,74 @@ def test_a_changed_future_token_leaves_all_earlier_logits_as_they_were(name, loo
         assert moved.all(), "each later position sees it"
 
 
-@pytest.mark.parametrize("name", KERNELS[1:])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_kernel_equals_the_plain_one_with_gradients(name, heads, kv_heads, dtype):
-    kernel, device, own_dtype = kernel_of(name)
-    if name == "fa3" and dtype != own_dtype:
-        pytest.skip("FlashAttention 3 takes 16-bit types")
-    draw = torch.Generator().manual_seed(0)
-    width = 16 if name != "fa3" else 64
-    shapes = [(2, 33, h, width) for h in (heads, kv_heads, kv_heads, heads)]
-    *qkv, weight = (torch.randn(s, generator=draw).to(device, dtype) for s in shapes)
-    results = []
-    for function in (t.plain_attention, kernel):
-        inputs = [x.clone().requires_grad_() for x in qkv]
-        out = function(*inputs)
-        (out * weight).sum().backward()
-        results.append([out.detach(), *(x.grad for x in inputs)])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    for expected, got in zip(*results, strict=True):
-        assert got.dtype == dtype
-        scale = expected.float().abs().max().item()
-        torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance * scale)
-
-
-def test_plain_attention_is_its_definition():
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 6, h, 8, generator=draw) for h in (4, 2, 2))
-    out = t.plain_attention(q, k, v)
-    for pos, head in itertools.product(range(6), range(4)):
-        weights = [math.exp(q[0, pos, head] @ k[0, s, head // 2] / 8**0.5) for s in range(pos + 1)]
-        y = sum(w * v[0, s, head // 2] for s, w in enumerate(weights)) / sum(weights)
-        torch.testing.assert_close(out[0, pos, head], y)
-
-
-def test_attention_is_chosen_by_what_the_device_offers_and_the_reason_is_told(monkeypatch):
-    cpu, hopper = torch.device("cpu"), torch.device("cuda", 0)
-    assert t.select_attention("plain", cpu, torch.float32)[:2] == ("plain", t.plain_attention)
-    assert t.select_attention("sdpa", cpu, torch.float32)[0::2] == ("sdpa", "as set")
-    name, _, reason = t.select_attention("auto", cpu, torch.float32)
-    assert (name, reason) == ("sdpa", "no fa3: the device is no Hopper GPU")
-    with pytest.raises(ConfigError, match="^ATTENTION=fa3: the device is no Hopper GPU; unset it"):
-        t.select_attention("fa3", cpu, torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(ConfigError, match="ATTENTION=fa3: activations are float32"):
-        t.select_attention("fa3", hopper, torch.float32)
-    monkeypatch.setitem(t.sys.modules, "flash_attn_interface", None)
-    with pytest.raises(ConfigError, match="ATTENTION=fa3: flash_attn_interface does not import"):
-        t.select_attention("fa3", hopper, torch.bfloat16)
-    name, _, reason = t.select_attention("auto", hopper, torch.bfloat16)
-    assert name == "sdpa"
-    assert reason.startswith("no fa3: flash_attn_interface does not import")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert t.select_attention("auto", hopper, torch.bfloat16)[0] == "sdpa"
-
-
-@pytest.mark.parametrize("with_statistics", [False, True])
-def test_flash_attention_3_is_taken_where_it_is_and_called_causal(monkeypatch, with_statistics):
-    """A stand-in for the package, whose older wheels also return the log-sum-exp."""
-
-    def flash_attn_func(q, k, v, causal):
-        assert causal is True
-        out = t.plain_attention(q, k, v)
-        return (out, None) if with_statistics else out
-
-    package = type(t.sys)("flash_attn_interface")
-    package.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(t.sys.modules, "flash_attn_interface", package)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    q, k, v = torch.randn(3, 1, 5, 2, 8)
-    for choice, why in (("auto", "installed"), ("fa3", "as set")):
-        name, kernel, reason = t.select_attention(choice, torch.device("cuda", 0), torch.bfloat16)
-        assert (name, reason) == ("fa3", why)
-        assert torch.equal(kernel(q, k, v), t.plain_attention(q, k, v))
-
-
 @torch.no_grad()
 def test_bfloat16_activations_keep_float32_weights_logits_and_nearly_the_loss():
     tokens = random_tokens(SMALL, 4, 17)
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = GPT(SMALL, t.sdpa_attention, dtype)
+        model = GPT(SMALL, SDPA._replace(dtype=dtype))
         model.init_weights(0)
         for block in model.blocks:  # not the zeros of the start
             block.attn.out.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
         inner = []
         model.blocks[5].register_forward_hook(lambda m, args, out, inner=inner: inner.append(out))
         losses[dtype] = model(tokens[:, :-1], tokens[:, 1:], plan=plans(SMALL)[1])
-        assert inner[0][0].dtype == dtype
+        assert inner[0].dtype == dtype
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert losses[dtype].dtype == torch.float32
     assert losses[torch.bfloat16] != losses[torch.float32]
     assert losses[torch.bfloat16].item() == pytest.approx(losses[torch.float32].item(), rel=0.01)
+
+
+# --- late QAT ---
+
+
+def naive_fake(weight):
+    """#578: clip a row at its 99.95th percentile, or 1 at least, then 31 levels a side."""
+    rows = []
+    for row in weight.detach().numpy():
+        step = max(np.quantile(np.abs(row), 0.9995), 1.0) / 31
+        rows.append(np.clip(np.round(row / step), -31, 31) * step)
+    return torch.from_numpy(np.stack(rows)).to(weight.dtype)
+
+
+def block_matrix(name):
+    return ".attn." in name and name.endswith("weight") or ".mlp." in name
+
+
+def test_late_qat_rounds_the_matrices_of_the_blocks_and_passes_gradients_straight_through():
+    cfg, tokens = dataclasses.replace(SMALL, **LIKE_578), random_tokens(SMALL, 2, 8)
+    model = random_model(cfg)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if block_matrix(name):
+                parameter.copy_(naive_fake(parameter))
+    plan = depth_plan(cfg, looped=False)
+    rounded = model(tokens, plan=plan._replace(rounded=True))
+    torch.testing.assert_close(rounded, twin(tokens, plan=plan), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(rounded, model(tokens, plan=plan), rtol=1e-2, atol=1e-2)
+    for m, p in ((model, plan._replace(rounded=True)), (twin, plan)):
+        m(tokens[:, :-1], tokens[:, 1:], plan=p).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_a_compiled_graph_sees_late_qat_when_it_is_switched_on():
+    fewer = dict(num_layers=3, parallel_residual_start=3, xsa_last_n=2, ve_layers="1,2")
+    cfg = dataclasses.replace(SMALL, **(LIKE_578 | fewer))
+    tokens, plan = random_tokens(cfg, 2, 8), depth_plan(cfg, looped=False)
+    model = random_model(cfg)
+    model.compile(backend="eager", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        before = model(tokens, plan=plan)
+        after = model(tokens, plan=plan._replace(rounded=True))
+        model.blocks[0].mlp.up.weight.mul_(1.5)
+        scaled = model(tokens, plan=plan._replace(rounded=True))
+        expected = model.forward(tokens, plan=plan._replace(rounded=True))
+    assert not torch.allclose(before, after, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(after, scaled, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(scaled, expected, rtol=1e-3, atol=1e-3)
 
 
 # --- cost and compilation ---
@@ -630,13 +704,15 @@ def compare_with_compiled(model, cfg, rt, passes, *, backward):
     """Hold the compiled model against the eager one on both plans, several times over."""
     tokens = random_tokens(cfg, 2, 17)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    names = [name for name, _ in model.named_parameters()]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     rt.compiles = True
-    compiled = rt.compile(model)
+    assert rt.compile(model) is model
+    assert [name for name, _ in model.named_parameters()] == names
     for plan in plans(cfg) * passes:  # from the second pass on nothing may be compiled
         results = []
-        for forward in (model, compiled):
+        for forward in (model.forward, model):  # eager, compiled
             model.zero_grad()
             loss = forward(inputs, targets, plan=plan)
             if backward:
@@ -650,12 +726,37 @@ def compare_with_compiled(model, cfg, rt, passes, *, backward):
     torch._dynamo.reset()
 
 
+def graphs_alone(monkeypatch):
+    """Compile to graphs of which no C++ is made."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 def test_two_depth_plans_are_two_graphs_whose_gradients_equal_the_eager_ones(rt, monkeypatch):
-    graphs_alone = functools.partial(torch.compile, backend="aot_eager")  # no C++ is made
-    monkeypatch.setattr(torch, "compile", graphs_alone)
+    graphs_alone(monkeypatch)
     cfg = dataclasses.replace(SMALL, num_layers=4, loop_start=1, loop_end=2, num_loops=1)
     cfg = dataclasses.replace(cfg, parallel_residual_start=3, xsa_last_n=2)
-    compare_with_compiled(random_model(cfg, t.sdpa_attention), cfg, rt, 3, backward=True)
+    compare_with_compiled(random_model(cfg, SDPA), cfg, rt, 3, backward=True)
+
+
+@torch.no_grad()
+def test_the_forward_of_a_compiled_model_is_eager_so_that_hooks_see_every_visit(rt, monkeypatch):
+    graphs_alone(monkeypatch)
+    cfg = dataclasses.replace(SMALL, num_layers=3, loop_start=1, loop_end=1, num_loops=1)
+    model, seen = random_model(cfg, SDPA), []
+    plan, tokens = depth_plan(cfg, looped=True), random_tokens(cfg, 1, 8)
+    rt.compiles = True
+    torch._dynamo.reset()
+    rt.compile(model)(tokens, plan=plan)
+    graphs = rt.compilations()
+    for name, module in model.named_modules():
+        if isinstance(module, t.Linear):
+            module.register_forward_pre_hook(lambda m, args, name=name: seen.append(name))
+    model.forward(tokens, plan=plan)
+    parts = "attn.q attn.k attn.v attn.out mlp.up mlp.down".split()
+    expected = [f"blocks.{visit.layer}.{part}" for visit in plan.visits for part in parts]
+    assert seen == [*expected, "head"]
+    assert rt.compilations() == graphs
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -663,4 +764,4 @@ def test_two_depth_plans_are_two_graphs_whose_gradients_equal_the_eager_ones(rt,
 def test_the_compiled_model_equals_the_eager_one(rt):
     cfg = dataclasses.replace(SMALL, num_layers=2, loop_start=1, loop_end=1, num_loops=1)
     cfg = dataclasses.replace(cfg, parallel_residual_start=1, xsa_last_n=1)
-    compare_with_compiled(random_model(cfg, t.sdpa_attention), cfg, rt, 2, backward=False)
+    compare_with_compiled(random_model(cfg, SDPA), cfg, rt, 2, backward=False)

@@ -376,3 +376,15 @@ def test_momentum_is_a_line_over_the_first_steps_and_then_constant():
     found = [muon_momentum(step, cfg) for step in range(6)]
     assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
     assert muon_momentum(0, dataclasses.replace(cfg, muon_momentum_warmup_steps=0)) == 0.5
+
+
+def test_a_warmdown_in_steps_is_the_time_left_over_the_time_of_so_many_steps():
+    cfg = Config(warmdown_iters=3500, max_wallclock_seconds=612.0, gptq_reserve_seconds=12.0)
+    times = ((0, 0.0), (0, 1e-6), (0, 1.0), (1, 1.0), (1000, 85.8), (4000, 343.2), (6900, 592.0))
+    for step, seconds in times:
+        left = (600 - seconds) / (3500 * seconds / max(step, 1)) if seconds else 1.0
+        frac = t.training_frac(step, seconds, cfg)
+        assert lr_scale(frac, cfg, step) == pytest.approx(min(left, 1.0)), step
+    cfg = Config(warmdown_iters=30, iterations=40, max_wallclock_seconds=0.0)
+    found = [lr_scale(t.training_frac(s, 9.0, cfg), cfg, s) for s in (0, 10, 11, 25, 39)]
+    assert found == pytest.approx([1.0, 1.0, 29 / 30, 0.5, 1 / 30])
