@@ -138,6 +138,16 @@ class AheadBehindTheLedger(t.GlobalTTT):
         super().learn(turn, lambda: ledger.tokens[stop : stop + 65], pace)
 
 
+class AdaptsToWhatItScores(t.GlobalTTT):
+    """Takes a step on the windows of a forward, targets included, before it scores them."""
+
+    def score(self, windows, tail):
+        options = dict(plan=self.plan, clip_norm=1.0)
+        with torch.enable_grad():
+            t.text_step(self.model, windows.numpy(), self.optimizer, self.cfg, self.rt, **options)
+        return super().score(windows, tail)
+
+
 def epochs_before_scoring(real):
     def evaluate(name, learner, protocol, val, rt):
         model, rows = learner.model, t.whole_rows(val.tokens, protocol.length)
@@ -237,6 +247,7 @@ C1, C2, C3, C4, BYTES, DATA, TRAINING, BUDGETS, ISOLATION = audit.CONDITIONS
 TRICKS = {
     "adapts before scoring": ("GlobalTTT", lambda _: Ahead, {C3}),
     "behind the ledger": ("GlobalTTT", lambda _: AheadBehindTheLedger, {C1, C3}),
+    "adapts to what it scores": ("GlobalTTT", lambda _: AdaptsToWhatItScores, {C1, C2, C3}),
     "epochs before scoring": ("evaluate", epochs_before_scoring, {C1, C3}),
     "peeks at the next token": ("choose_attention", not_causal, {C1, C2}),
     "shifts the target's logit": ("GPT.forward", shift_of_the_target, {C2}),
@@ -378,6 +389,15 @@ def test_what_cannot_be_proven_is_a_remark(honest, dataset, tmp_path, fair_score
     assert (status, evidence["verdict"]) == (3, "legal with remarks")
     assert "no training shards in" in evidence["reasons"][0]
     assert "no log of the run that wrote alone.bin" in evidence["reasons"][1]
+
+
+def test_an_artifact_of_another_tokenizer_cannot_be_audited(honest, tmp_path):
+    header, tensors = t.unpack(honest[1].read_bytes())
+    header["tokenizer_sha256"] = "0" * 64
+    other = tmp_path / "other.bin"
+    other.write_bytes(t.pack(tensors, header, "none"))
+    with pytest.raises(t.ArtifactError, match="trained with another tokenizer"):
+        audited(other, honest[0], tmp_path)
 
 
 def test_an_audit_without_an_artifact_or_on_several_ranks_is_refused(tiny_env):
