@@ -12,6 +12,7 @@ illegal; 2: the artifact could not be audited.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -33,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # The limits come from the repository's program: the audited program must not set its own.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import EVALUATION_SECONDS, TOTAL_BYTES, TRAINING_SECONDS  # noqa: E402
+from train_gpt import BOS, EVALUATION_SECONDS, TOTAL_BYTES, TRAINING_SECONDS  # noqa: E402
 
 CHUNKS = 4  # of the slice: three adaptations
 REPLAYS = 3  # targets per chunk whose distribution is recomputed
@@ -116,17 +117,19 @@ class Subject:
     """The artifact, a slice of its text, and evaluations of it by the program's evaluator."""
 
     def __init__(self, program: ModuleType, cfg: Any, rt: Any):
-        self.program, self.rt = program, rt
-        cfg = program.stored_config(cfg.artifact, cfg, rt)
+        self.program, self.rt = program, copy.copy(rt)
+        self.rt.log = program.Log(None)  # many short evaluations: the audit shows its own progress
+        stored = program.open_stored(cfg.artifact, cfg, rt)
+        cfg, self.header, self.plan = stored.cfg, stored.header, stored.plan
         self.table = program.ByteTable.from_file(cfg.tokenizer_file, cfg.vocab_size)
         shards = program.find_shards(cfg.dataset_dir, "val")
         self.text = program.ValidationTokens.load(shards, self.table, seq_len=1)
-        self.model, cfg, self.header = program.open_artifact(
-            Path(cfg.artifact), self.table, cfg, rt
-        )
+        if self.header.get("tokenizer_sha256") != self.table.digest:
+            found = f"trained with another tokenizer than {cfg.tokenizer_file}"
+            raise program.ArtifactError(f"{cfg.artifact}: {found}; set TOKENIZER_PATH")
+        self.model = stored.model(program.choose_backend(cfg, rt), rt)
         self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.plan = program.depth_plan(cfg, looped=self.header["looped"])
-        self.forward = functools.partial(rt.compile(self.model), plan=self.plan)
+        self.forward = functools.partial(self.model, plan=self.plan)
         self.choose_slice(cfg)
 
     def choose_slice(self, cfg: Any) -> None:
@@ -134,13 +137,13 @@ class Subject:
         total = min(cfg.audit_tokens, len(self.text.target_bytes))
         chunk = min(cfg.ttt_chunk_tokens, max(total // CHUNKS, 2))
         length = min(cfg.eval_seq_len, chunk // 2)
-        starts = np.flatnonzero(self.text.tokens == self.table.bos)
+        starts = np.flatnonzero(self.text.tokens == BOS)
         lengths = np.diff(starts, append=len(self.text.tokens))
         fits = (lengths > chunk // 4) & (lengths < total - chunk)
         fits &= starts + total < len(self.text.tokens)
         first = int(starts[np.argmax(fits)]) if fits.any() else 0
         self.tokens = self.text.tokens[first : first + total + 1]
-        edges = np.flatnonzero(self.tokens[1:] == self.table.bos)
+        edges = np.flatnonzero(self.tokens[1:] == BOS)
         self.document_edge = int(edges[0]) if len(edges) else total // 2
         self.spare = np.roll(self.text.tokens, -first - total)  # begins with text after the slice
         self.cfg = dataclasses.replace(
@@ -171,26 +174,17 @@ class Subject:
             for name, parameter in parameters:
                 parameter.copy_(self.weights[name])
         self.model.requires_grad_(True)
-        watch = Watch(self, tokens, cfg)
+        learner = self.program.Static(self.model, self.plan)
         if adapts and cfg.ttt_enabled:
-            silent = self.program.Log(".", "", enabled=False)
-            watch.adaptation = self.program.TestTimeTraining(
-                watch.forward, self.model, cfg, self.rt, silent
-            )
-        target_bytes = np.ones(len(tokens) - 1, np.int16)
-        val = self.program.ValidationTokens(tokens, target_bytes, 0)
+            learner = self.program.GlobalTTT(self.model, self.plan, cfg, self.rt)
+        watch = Watch(self, learner, tokens, cfg)
+        total, stride, chunk = len(tokens) - 1, cfg.eval_stride, cfg.ttt_chunk_tokens
+        protocol = self.program.Windows(total, cfg, stride, chunk)
+        val = self.program.ValidationTokens(tokens, np.ones(total, np.int16), 0)
         watch.replaying = replays or {}
         watch.replay_chunk(0)
         with watch.counting_steps():
-            _, watch.ledger = self.program.evaluate(
-                watch.forward,
-                val,
-                cfg,
-                self.rt,
-                stride=cfg.eval_stride,
-                show=lambda part: None,
-                after_chunk=watch.after_chunk,
-            )
+            _, watch.ledger = self.program.evaluate("audit", watch, protocol, val, self.rt)
         return watch
 
     @torch.no_grad()
@@ -218,15 +212,16 @@ class Subject:
 
 
 class Watch:
-    """Sits between evaluator and model in one evaluation and records what happens.
+    """Sits between evaluator and learner in one evaluation and records what happens.
 
+    All that it does not watch is the learner's own, so that a trick meets what it expects.
     Attributes: ledger, set after scoring; rows, number of windows scored, without padding; steps,
     number of optimizer steps; trouble, violations seen during scoring.
     """
 
-    def __init__(self, subject: Subject, tokens: np.ndarray, cfg: Any):
-        self.subject, self.tokens, self.cfg = subject, tokens, cfg
-        self.adaptation, self.ledger, self.rows, self.steps = None, None, 0, 0
+    def __init__(self, subject: Subject, learner: Any, tokens: np.ndarray, cfg: Any):
+        self.subject, self.learner, self.tokens, self.cfg = subject, learner, tokens, cfg
+        self.ledger, self.rows, self.steps = None, 0, 0
         self.trouble: list[str] = []
         self.weights = self.fingerprint()
         # For replays: the window of each target comes from the protocol, not from the evaluator.
@@ -234,6 +229,9 @@ class Watch:
         self.windows = list(windows(len(tokens) - 1, cfg.eval_seq_len, cfg.eval_stride))
         self.replaying: dict[int, int] = {}
         self.replays: dict[int, Replay] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.learner, name)
 
     def fingerprint(self) -> list[float]:
         return [float(p.detach().sum()) for p in self.subject.model.parameters()]
@@ -251,26 +249,24 @@ class Watch:
         finally:
             handle.remove()
 
-    def forward(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """Call the model and count the windows that it scores."""
-        if not torch.is_grad_enabled():
-            first = torch.from_numpy(self.tokens[: tokens.shape[1]].astype(np.int64))
-            same = tokens[:, : len(first)] == first.to(tokens.device)
-            self.rows += int((~same.all(dim=1)).sum())
-            self.note_moved_weights()
-        return self.subject.forward(tokens, targets, **options)
+    def score(self, windows: Tensor, tail: int) -> Tensor:
+        """Score as the learner does, and count the windows."""
+        first = torch.from_numpy(self.tokens[: windows.shape[1]].astype(np.int64))
+        same = windows[:, : len(first)] == first.to(windows.device)
+        self.rows += int((~same.all(dim=1)).sum())
+        self.note_moved_weights()
+        return self.learner.score(windows, tail)
 
     def note_moved_weights(self) -> None:
         if self.fingerprint() != self.weights:
             self.trouble.append("the weights changed between adaptation and scoring")
             self.weights = self.fingerprint()
 
-    def after_chunk(self, draw: Callable[[], np.ndarray], number: int, chunks: int) -> None:
-        """Adapt as the program does, then replay targets of the next chunk."""
-        if self.adaptation is not None:
-            self.adaptation(draw, number, chunks)
+    def learn(self, turn: Any, draw: Callable[[], np.ndarray], pace: Any) -> None:
+        """Learn as the learner does, then replay targets of the next chunk."""
+        self.learner.learn(turn, draw, pace)
         self.weights = self.fingerprint()
-        self.replay_chunk(number + 1)
+        self.replay_chunk(turn.number + 1)
 
     def replay_chunk(self, number: int) -> None:
         """Replay targets of a chunk with the weights before it is scored."""
@@ -458,10 +454,10 @@ def check_bytes(subject: Subject) -> Verdict:
     tokens, charged, table = subject.text.tokens, subject.text.target_bytes, subject.table
     if table.has_marks:
         return Verdict("remark", "only data/verify_dataset.py checks the byte sidecar")
-    starts = np.flatnonzero(tokens == table.bos)
+    starts = np.flatnonzero(tokens == BOS)
     paid = np.add.reduceat(np.append(charged, 0), starts)  # of its targets and the next BOS
     tokenizer = subject.cfg.tokenizer_file
-    texts = subject.program.decode_documents(tokens, tokenizer, table.bos)
+    texts = subject.program.decode_documents(tokens, tokenizer)
     wrong, total = [], 0
     for number, (text, bytes_paid) in enumerate(zip(texts, paid.tolist(), strict=True)):
         total += len(text)
@@ -625,10 +621,10 @@ def judge_score(subject: Subject, log: Any) -> dict[str, Verdict]:
     }
 
 
-def audit(program: ModuleType, cfg: Any, rt: Any, log: Any) -> int:
+def audit(program: ModuleType, cfg: Any, rt: Any) -> int:
     """Audit cfg.artifact with the evaluator of `program`; returns the exit status.
 
-    Args: program is train_gpt itself, as a module; cfg, rt and log are its Config, Runtime and Log.
+    Args: program is train_gpt itself, as a module; cfg and rt are its Config and Runtime.
     """
     artifact, isolation = Path(cfg.artifact), Isolation()
     run = read_run(artifact)
@@ -637,7 +633,7 @@ def audit(program: ModuleType, cfg: Any, rt: Any, log: Any) -> int:
     with isolation():
         try:
             subject = Subject(program, cfg, rt)
-            conditions |= {name: [found] for name, found in judge_score(subject, log).items()}
+            conditions |= {name: [found] for name, found in judge_score(subject, rt.log).items()}
         except program.LedgerError as error:
             name = next(name for name in CONDITIONS if name.startswith(error.condition))
             conditions[name] = [Verdict("fail", f"the ledger stopped the evaluation: {error}")]
@@ -660,7 +656,7 @@ def audit(program: ModuleType, cfg: Any, rt: Any, log: Any) -> int:
         names = ("eval_seq_len", "eval_stride", "ttt_chunk_tokens", "ttt_enabled", "ttt_epochs")
         facts["slice"] = {name: getattr(subject.cfg, name) for name in names}
         facts["slice"]["targets"] = len(subject.tokens) - 1
-    return conclude(program, artifact, conditions, facts, log)
+    return conclude(program, artifact, conditions, facts, rt)
 
 
 def conclude(
@@ -668,7 +664,7 @@ def conclude(
     artifact: Path,
     conditions: dict[str, list[Verdict]],
     facts: dict[str, Any],
-    log: Any,
+    rt: Any,
 ) -> int:
     """Print the verdicts, write the evidence, and return the exit status."""
     order, found, reasons = ("pass", "remark", "fail"), {}, []
@@ -680,7 +676,7 @@ def conclude(
         for verdict in verdicts:
             found[name] |= verdict.numbers
         reasons += [f"{name}: {v.says}" for v in verdicts if v.verdict == worst != "pass"]
-        log.line(f"audit {name}: {worst}  {says}")
+        rt.log.line(f"audit {name}: {worst}  {says}")
     worst = max((fact["verdict"] for fact in found.values()), key=order.index)
     verdict = dict(zip(order, STATUS, strict=True))[worst]
     files = dict(artifact=artifact, code=Path(program.__file__), tool=Path(__file__))
@@ -688,6 +684,6 @@ def conclude(
         name: dict(bytes=path.stat().st_size, sha256=program.file_sha256(path))
         for name, path in files.items()
     }
-    log.put(verdict=verdict, reasons=reasons, conditions=found, **digests, **facts)
-    log.line(f"audit verdict: {verdict}  evidence: {log.path('json')}")
+    rt.log.put(verdict=verdict, reasons=reasons, conditions=found, **digests, **facts)
+    rt.log.line(f"audit verdict: {verdict}  evidence: {rt.folder.path('json')}")
     return STATUS[verdict]

@@ -20,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -40,7 +41,7 @@ from typing import NamedTuple
 
 import torch
 from compare import measures
-from runs import RECORDS, Run, Submission, exit_status, file_digest, markdown_table
+from runs import RECORDS, Run, Submission, exit_status, markdown_table
 
 import train_gpt as t
 
@@ -237,7 +238,7 @@ def side_by_side(cfg: t.Config, args: argparse.Namespace) -> dict:
         attention_of_ours=attention_name(cfg),
         attention_of_other="flash_attn_interface as installed" if has_fa3 else stand_in,
         variables={p.name: p.variables for p in programs} | {"both": pairs(args.set)},
-        sources={p.name: file_digest(p.path) for p in programs},
+        sources={p.name: t.file_sha256(p.path) for p in programs},
         runs=runs,
         summary=summarize(runs, cfg, args.ranks),
     )
@@ -400,9 +401,7 @@ def optimizer_tensors(cfg: t.Config, ranks: int) -> tuple[list[list[torch.Size]]
 
 def attention_name(cfg: t.Config) -> str:
     """The attention kernel that the program chooses on this machine."""
-    rt = t.Runtime(cfg, {})
-    packed = cfg.doc_packing
-    return t.select_attention(cfg.attention, rt.device, rt.compute_dtype, packed=packed)[0]
+    return t.choose_attention(cfg.attention, t.Runtime(cfg, {}), documents=cfg.doc_masking)[0]
 
 
 Halves = tuple[Callable[[], None], Callable[[], None]]
@@ -411,26 +410,18 @@ Halves = tuple[Callable[[], None], Callable[[], None]]
 @contextlib.contextmanager
 def training(cfg: t.Config, rt: t.Runtime) -> Iterator[Callable[[t.DepthPlan], Halves]]:
     """A function from a plan to the two halves of its steps: all gradients, and the update."""
-    here = rt.device, rt.compute_dtype
-    _, kernel, _ = t.select_attention(cfg.attention, *here, packed=cfg.doc_packing)
-    _, kernels, _ = t.select_kernels(cfg.kernels, *here)
-    model = t.GPT(cfg, kernel, rt.compute_dtype, kernels)
+    model = t.GPT(cfg, t.choose_backend(cfg, rt, documents=cfg.doc_masking))
     model.init_weights(cfg.seed)
-    forward = rt.compile(model.to(rt.device))
-    loader = t.Loader(
-        t.find_shards(cfg.dataset_dir, "train"),
-        seq_len=cfg.train_seq_len, vocab_size=cfg.vocab_size, seed=cfg.seed, order=cfg.loader,
-    )  # fmt: skip
+    rt.compile(model.to(rt.device))
+    loader, ranks = t.Loader(t.find_shards(cfg.dataset_dir, "train"), cfg), rt.world_size
 
     def halves(plan: t.DepthPlan) -> Halves:
         optimizers, ema = t.make_optimizers(model, cfg, rt), t.Ema(model, cfg.ema_decay)
         t.set_schedule(optimizers, 0, 0.0, cfg)
-        plan, count = plan._replace(packed=cfg.doc_packing), cfg.micro_batches(rt.world_size)
+        forward = functools.partial(model, plan=plan._replace(masked=cfg.doc_masking))
 
         def gradients() -> None:
-            for micro in next(batches).chunk(count):
-                loss = forward(*t.inputs_and_targets(micro), plan=plan)
-                (loss / count / rt.world_size).backward()
+            t.add_gradients(forward, next(batches), cfg.micro_rows(ranks), cfg.train_rows)
 
         def update() -> None:
             t.apply_gradients(model, optimizers.values(), cfg.grad_clip_norm, rt)
@@ -438,7 +429,7 @@ def training(cfg: t.Config, rt: t.Runtime) -> Iterator[Callable[[t.DepthPlan], H
 
         return gradients, update
 
-    batches = loader.batches(rt, cfg.train_batch_tokens // cfg.train_seq_len)
+    batches = loader.batches(rt, cfg.train_rows)
     with contextlib.closing(batches):
         yield halves
 
@@ -466,7 +457,7 @@ def products(kind: str, shape: torch.Size, tokens: int, passes: int) -> list[Ope
 
 def operations(cfg: t.Config, plan: t.DepthPlan) -> list[Operation]:
     """The matrix products, attention and loss of a step, of all ranks together."""
-    tokens, passes = cfg.train_batch_tokens, cfg.micro_batches(1)
+    tokens, passes = cfg.train_batch_tokens, cfg.train_rows // cfg.micro_rows(1)
     width, vocab = cfg.model_dim, cfg.vocab_size
     both = width + width // cfg.num_heads * cfg.num_kv_heads  # queries or outputs; keys or values
     shapes, head = matrices(cfg, plan)

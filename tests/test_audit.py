@@ -1,5 +1,6 @@
 """The audit: an honest score is legal, and each known way to cheat is caught and named."""
 
+import copy
 import json
 import math
 import os
@@ -51,8 +52,10 @@ def audited(artifact, env, folder, **settings):
     """Audit an artifact in this process: (exit status, evidence)."""
     env = {**env, "AUDIT": "1", "ARTIFACT": str(artifact), "LOG_DIR": str(folder)}
     cfg = t.Config.from_env({**env, **{k: str(v) for k, v in settings.items()}}, cuda=False)
-    with t.Runtime(cfg, {}) as rt, t.Log(cfg.log_dir, "mine.audit", replace=True) as log:
-        status = audit.audit(t, cfg, rt, log)
+    with t.Runtime(cfg, {}) as rt:
+        rt.folder = t.RunFolder(cfg.log_dir, "mine.audit")
+        rt.log = t.Log(rt.folder, replace=True)
+        status = audit.audit(t, cfg, rt)
     return status, json.loads((folder / "mine.audit.json").read_text())
 
 
@@ -119,34 +122,45 @@ def test_nothing_legal_is_flagged(honest, tmp_path, clean_data, settings):
 # --- tricks with the score: each is (name, patch of the program, conditions that must fail) ---
 
 
-class Ahead(t.TestTimeTraining):
+class Ahead(t.GlobalTTT):
     """Adapts to the chunk that is scored next, which it asks the ledger for."""
 
-    def __call__(self, draw, number, chunks):
+    def learn(self, turn, draw, pace):
         ledger, (_, stop) = draw.func.__self__, draw.args
-        super().__call__(lambda: ledger.text(stop, stop + 64), number, chunks)
+        super().learn(turn, lambda: ledger.text(stop, stop + 64), pace)
 
 
-class AheadBehindTheLedger(t.TestTimeTraining):
+class AheadBehindTheLedger(t.GlobalTTT):
     """Adapts to the chunk that is scored next, which it takes from the text itself."""
 
-    def __call__(self, draw, number, chunks):
+    def learn(self, turn, draw, pace):
         ledger, (_, stop) = draw.func.__self__, draw.args
-        super().__call__(lambda: ledger.tokens[stop : stop + 65], number, chunks)
+        super().learn(turn, lambda: ledger.tokens[stop : stop + 65], pace)
+
+
+class AdaptsToWhatItScores(t.GlobalTTT):
+    """Takes a step on the windows of a forward, targets included, before it scores them."""
+
+    def score(self, windows, tail):
+        options = dict(plan=self.plan, clip_norm=1.0)
+        with torch.enable_grad():
+            t.text_step(self.model, windows.numpy(), self.optimizer, self.cfg, self.rt, **options)
+        return super().score(windows, tail)
 
 
 def epochs_before_scoring(real):
-    def evaluate(forward, val, cfg, rt, **options):
-        model = forward.__self__.subject.model
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        t.adapt(forward, model, optimizer, lambda: val.tokens, cfg, rt)
-        return real(forward, val, cfg, rt, **options)
+    def evaluate(name, learner, protocol, val, rt):
+        model, rows = learner.model, t.whole_rows(val.tokens, protocol.length)
+        optimizer, options = torch.optim.SGD(model.parameters(), lr=0.05), dict(clip_norm=1.0)
+        for _ in range(3):
+            t.text_step(model, rows, optimizer, model.cfg, rt, plan=learner.plan, **options)
+        return real(name, learner, protocol, val, rt)
 
     return evaluate
 
 
 def not_causal(real):
-    def select(choice, device, dtype, **_):
+    def choose(choice, rt, **_):
         def kernel(q, k, v, documents=None):
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
             weights = (torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
@@ -154,7 +168,7 @@ def not_causal(real):
 
         return "sdpa", kernel, "faster"
 
-    return select
+    return choose
 
 
 def shift_of_the_target(real):
@@ -176,9 +190,10 @@ def mixture_that_does_not_sum_to_one(real):
 
 
 def best_of_two_passes(real):
-    def evaluate(forward, val, cfg, rt, **options):
-        score, first = real(forward, val, cfg, rt, **options)
-        _, second = real(forward, val, cfg, rt, **options)
+    def evaluate(name, learner, protocol, *rest):
+        again = copy.copy(protocol)  # it says which windows come next
+        score, first = real(name, learner, protocol, *rest)
+        _, second = real(name, learner, again, *rest)
         first.nats = torch.minimum(first.nats, second.nats)
         return score, first
 
@@ -186,21 +201,21 @@ def best_of_two_passes(real):
 
 
 def hints_from_later_text(real):
-    def score_windows(forward, text, windows, *rest):
-        nats = real(forward, text, windows, *rest)
-        first = windows[0].first_scored
+    def score_turn(learner, turn, text, *rest):
+        nats = real(learner, turn, text, *rest)
+        first = turn.forwards[0].targets[0]
         pairs = text[:-1].astype(np.int64) * 65536 + text[1:]
         for i in range(len(nats)):
             nats[i] -= 0.05 * bool((pairs[first + i + 1 :] == pairs[first + i]).any())
         return nats
 
-    return score_windows
+    return score_turn
 
 
 def counted_twice(real):
-    def record(ledger, first, nats):
-        real(ledger, first, nats)
-        ledger.times[first] += 1
+    def record(ledger, targets, nats):
+        real(ledger, targets, nats)
+        ledger.times[targets[0]] += 1
 
     return record
 
@@ -230,14 +245,15 @@ def space_counted_twice(real):
 
 C1, C2, C3, C4, BYTES, DATA, TRAINING, BUDGETS, ISOLATION = audit.CONDITIONS
 TRICKS = {
-    "adapts before scoring": ("TestTimeTraining", lambda _: Ahead, {C3}),
-    "behind the ledger": ("TestTimeTraining", lambda _: AheadBehindTheLedger, {C1, C3}),
+    "adapts before scoring": ("GlobalTTT", lambda _: Ahead, {C3}),
+    "behind the ledger": ("GlobalTTT", lambda _: AheadBehindTheLedger, {C1, C3}),
+    "adapts to what it scores": ("GlobalTTT", lambda _: AdaptsToWhatItScores, {C1, C2, C3}),
     "epochs before scoring": ("evaluate", epochs_before_scoring, {C1, C3}),
-    "peeks at the next token": ("select_attention", not_causal, {C1, C2}),
+    "peeks at the next token": ("choose_attention", not_causal, {C1, C2}),
     "shifts the target's logit": ("GPT.forward", shift_of_the_target, {C2}),
     "sums to more than one": ("GPT.forward", mixture_that_does_not_sum_to_one, {C2}),
     "scores in two passes": ("evaluate", best_of_two_passes, {C4}),
-    "hints from later text": ("score_windows", hints_from_later_text, {C1}),
+    "hints from later text": ("score_turn", hints_from_later_text, {C1}),
     "counts a target twice": ("Ledger.record", counted_twice, {C4}),
     "opens training shards": ("ValidationTokens.load", training_text_at_hand, {ISOLATION}),
     "uses the network": ("ValidationTokens.load", telephone, {ISOLATION}),
@@ -317,8 +333,8 @@ def test_a_timer_that_was_stopped_early_is_caught(
 ):
     real = t.train
 
-    def train(forward, model, loader, validate, cfg, rt, log):
-        trained = real(forward, model, loader, validate, cfg, rt, log)
+    def train(model, loader, validate, cfg, rt):
+        trained = real(model, loader, validate, cfg, rt)
         time.sleep(1.5)  # of training, say
         rt.budget.since += 1.5
         return trained
@@ -375,6 +391,15 @@ def test_what_cannot_be_proven_is_a_remark(honest, dataset, tmp_path, fair_score
     assert "no log of the run that wrote alone.bin" in evidence["reasons"][1]
 
 
+def test_an_artifact_of_another_tokenizer_cannot_be_audited(honest, tmp_path):
+    header, tensors = t.unpack(honest[1].read_bytes())
+    header["tokenizer_sha256"] = "0" * 64
+    other = tmp_path / "other.bin"
+    other.write_bytes(t.pack(tensors, header, "none"))
+    with pytest.raises(t.ArtifactError, match="trained with another tokenizer"):
+        audited(other, honest[0], tmp_path)
+
+
 def test_an_audit_without_an_artifact_or_on_several_ranks_is_refused(tiny_env):
     with pytest.raises(t.ConfigError, match="AUDIT=True: expected ARTIFACT"):
         t.Config.from_env({**tiny_env, "AUDIT": "1"}, cuda=False)
@@ -385,9 +410,9 @@ def test_an_audit_without_an_artifact_or_on_several_ranks_is_refused(tiny_env):
 
 def test_keeping_the_ledger_costs_less_than_one_percent_of_evaluation(honest):
     # Bookkeeping is linear in targets, and so is scoring: a million targets tell per target.
-    ledger = t.Ledger(np.zeros(1_000_001, np.uint16))
+    ledger = t.Ledger(np.zeros(1_000_001, np.uint16), declared="")
     for first in range(0, 1_000_000, 50_000):
-        ledger.record(first, torch.zeros(50_000))
+        ledger.record(np.arange(first, first + 50_000), torch.zeros(50_000))
     ledger.digests()
     facts = json.loads(honest[1].with_suffix(".json").read_text())
     scored = facts["budget"]["phases"]["quantized"] / facts["stages"]["quantized"]["tokens"]
@@ -401,8 +426,8 @@ def test_the_slice_holds_the_edge_of_a_document(honest, tmp_path):
     )
     with t.Runtime(cfg, {}) as rt:
         subject = audit.Subject(t, cfg, rt)
-    assert subject.tokens[0] == subject.table.bos
-    assert subject.tokens[subject.document_edge + 1] == subject.table.bos
+    assert subject.tokens[0] == t.BOS
+    assert subject.tokens[subject.document_edge + 1] == t.BOS
     found = audit.changes(subject)
     for change in found:
         before = change.target + 1

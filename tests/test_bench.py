@@ -272,7 +272,7 @@ def test_a_floor_is_the_sum_of_the_longer_time_of_each_operation():
 
 
 def test_newton_schulz_costs_what_torch_counts(tiny_cfg):
-    groups = t.parameter_groups(bench.meta_model(tiny_cfg), tiny_cfg)
+    groups = t.parameter_groups(bench.meta_model(tiny_cfg))
     with FlopCounterMode(display=False) as counter:
         for parameter in groups["matrix"]:
             t.newton_schulz(parameter.detach(), tiny_cfg.muon_backend_steps, torch.bfloat16)
@@ -331,7 +331,7 @@ def test_operations_are_classed_by_their_names_and_sizes():
 def test_our_own_kernels_are_classed_by_the_names_that_the_program_gives_them():
     expected = dict(
         losses="head and loss", slopes="head and loss", product="matrix products",
-        factor="elementwise", turn="elementwise", project="elementwise", blend="elementwise",
+        factor="elementwise", turn="elementwise", project="elementwise",
     )  # fmt: skip
     tree = ast.parse(Path(t.__file__).read_text(encoding="utf-8"))
     kernels = {
@@ -387,12 +387,13 @@ def test_a_profile_books_a_step_to_classes_beside_their_floors(dataset, tmp_path
 def test_a_profiled_step_keeps_documents_apart_where_the_program_does(tiny_env, rt, monkeypatch):
     found, find = [], t.find_documents
     monkeypatch.setattr(t, "find_documents", lambda tokens: found.append(1) or find(tokens))
-    for packing in (0, 1):
-        cfg = t.Config.from_env({**tiny_env, "DOC_PACKING": str(packing)}, cuda=False)
+    for masking in (0, 1):
+        cfg = t.Config.from_env({**tiny_env, "DOC_MASKING": str(masking)}, cuda=False)
         with bench.training(cfg, rt) as halves_of:
             gradients, _ = halves_of(t.depth_plan(cfg, looped=False))
+            found.clear()  # of choosing the kernel
             gradients()
-        assert len(found) == packing * cfg.micro_batches(1)
+        assert len(found) == masking * cfg.train_batch_tokens // cfg.micro_batch_tokens
 
 
 def test_a_plan_that_no_loop_changes_is_profiled_once(tiny_cfg):
