@@ -3777,8 +3777,9 @@ class Windows:
 
     def keep_pace(self, pace: Pace) -> None:
         """Put windows side by side from here on, if the rest so could not follow one more turn."""
-        turn, plain = -(-self.chunk // self.stride), self.windows_left(self.length)
-        late = self.stride < self.length and pace.late(score=turn + plain, learn=self.learns)
+        turn = min(-(-self.chunk // self.stride), self.windows_left(self.stride))
+        plain = self.windows_left(self.length)
+        late = self.stride < self.length and pace.late(score=turn + plain)
         if late and plain:
             self.stride, self.plain_from = self.length, self.scored
 

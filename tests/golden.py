@@ -89,7 +89,7 @@ class Project:
     def runtime(self, cfg):
         rt = t.Runtime(cfg, {})
         rt.device, rt.compute_dtype = torch.device("cpu"), torch.float32
-        return rt, t.Log(".", "", enabled=False)
+        return rt
 
     def model(self, cfg) -> torch.nn.Module:
         """The model in float32, eager, on the CPU."""
@@ -112,7 +112,7 @@ class Project:
     def plan(self, cfg, looped: bool, rounded: bool = False):
         """Which layers are visited; rounded: late QAT is on."""
         plan = t.depth_plan(cfg, looped=looped)
-        return plan._replace(fake_bits=cfg.matrix_bits) if rounded else plan
+        return plan._replace(rounded=rounded)
 
     def forward(self, model, plan, x, y=None) -> torch.Tensor:
         """Logits (B, T, V) after the softcap, or the mean loss of targets y."""
@@ -134,9 +134,9 @@ class Project:
                     now[0] += seconds
                     yield batches[min(i, len(batches) - 1)]
 
-        def forward(*args, plan):
-            before_step(len(plan.visits) > cfg.num_layers, bool(plan.fake_bits))
-            return model(*args, plan=plan)
+        def before_forward(model, args, options):
+            plan = options["plan"]
+            before_step(len(plan.visits) > cfg.num_layers, plan.rounded)
 
         def clock():
             now[0] += READ
@@ -150,8 +150,9 @@ class Project:
             stack.enter_context(mock.patch.object(t.Ema, "store", stored))
             if seconds:
                 stack.enter_context(mock.patch.object(time, "perf_counter", clock))
-            rt, log = self.runtime(cfg)
-            t.train(forward, model, Batches(), lambda *_: None, cfg, rt, log)
+            hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+            stack.callback(hook.remove)
+            t.train(model, Batches(), lambda *_: None, cfg, self.runtime(cfg))
 
     def hessians(self, cfg, model, windows, looped: bool) -> dict[str, torch.Tensor]:
         """Role -> mean of x x^T over the inputs of each matrix that GPTQ stores."""
@@ -161,41 +162,36 @@ class Project:
             def batches(self, rt, rows, first=0):
                 yield windows
 
-        found = t.collect_hessians(
-            model, Batches(), 0, self.plan(cfg, looped), cfg, *self.runtime(cfg)
-        )
+        plan, rt = self.plan(cfg, looped), self.runtime(cfg)
+        found = t.collect_hessians(model, Batches(), cfg, rt, plan=plan)
         roles = {self.name_of(role): role for role in self.parameters(model)}
-        return {roles[f"{name}.weight"]: h for name, h in found.items()}
+        return {roles[name]: h for name, h in found.items()}
 
     def quantize(self, cfg, role: str, weight, hessian):
         """("codes", bits, codes, scales), or (float type, 0, the stored tensor, None)."""
-        name = self.name_of(role)
-        hessians = {name.removesuffix(".weight"): hessian}
-        log = t.Log(".", "", enabled=False)
-        stored = t.quantize_model({name: weight}, hessians, cfg, log)[name]
-        if isinstance(stored, t.Quantized):
+        row = t.find_row(self.name_of(role), t.tensor_table(cfg))
+        stored = t.quantize(weight, row.store, hessian)
+        if isinstance(stored, t.Codes):
             return "codes", stored.bits, stored.codes, stored.scales
-        return str(stored.dtype).removeprefix("torch."), 0, stored, None
+        return stored.kind, 0, stored.values, None
 
     def score(self, cfg, model, tokens, looped: bool, *, stride: int = 0, adapt: bool = False):
         """Losses per target (n,), nats; stride 0: windows side by side; adapt: score-first TTT."""
-        (rt, log), plan = self.runtime(cfg), self.plan(cfg, looped)
-        val = t.ValidationTokens(tokens, np.ones(len(tokens) - 1, np.int16), 0)
-        options = dict(stride=stride) if stride else {}
-        if adapt:
-            options["after_chunk"] = t.TestTimeTraining(
-                lambda *x, **k: model(*x, plan=plan, **k), model, cfg, rt, log
-            )
-        _, ledger = t.score_text(model, plan, val, cfg, rt, lambda *_, **__: None, **options)
+        plan, rt, val = self.plan(cfg, looped), self.runtime(cfg), self.text(tokens)
+        chunk = cfg.ttt_chunk_tokens if adapt else 0
+        protocol = t.Windows(len(tokens) - 1, cfg, stride or cfg.eval_seq_len, chunk)
+        learner = t.GlobalTTT(model, plan, cfg, rt) if adapt else t.Static(model, plan)
+        _, ledger = t.evaluate("golden", learner, protocol, val, rt)
         return ledger.nats
+
+    def text(self, tokens):
+        """The tokens as a text that is scored; its bytes do not matter."""
+        return t.ValidationTokens(tokens, np.ones(len(tokens) - 1, np.int16), 0)
 
     def fine_tune(self, cfg, model, tokens, looped: bool) -> None:
         """#1487's training on the validation text."""
-        (rt, log), plan = self.runtime(cfg), self.plan(cfg, looped)
-        val = t.ValidationTokens(tokens, np.ones(len(tokens) - 1, np.int16), 0)
-        t.fine_tune_on_validation(
-            lambda *x, **k: model(*x, plan=plan, **k), model, val, cfg, rt, log
-        )
+        plan, rt = self.plan(cfg, looped), self.runtime(cfg)
+        t.fine_tune_on_validation(model, self.text(tokens), cfg, rt, plan=plan)
 
     def byte_table(self, vocab: int):
         """The table of the sample's tokenizer, and (bytes, begins with a space, is a boundary)."""

@@ -1,4 +1,4 @@
-"""Section 10: the program from the outside, as its users start it."""
+"""Section 12: the program from the outside, as its users start it."""
 
 import json
 import os
@@ -59,9 +59,12 @@ def finished(dataset, tmp_path_factory):
 
 NUMBER = r"\d+\.\d{8}"
 LINES = [
+    r"attention:sdpa \(fa3 cannot be used: .+\) kernels:eager \(the device is not a GPU\)",
+    r"artifact: \d+ bytes left beside the code, about \d+ expected",
+    r"train_shards: 1 train_tokens: \d+",
     r"model_params:\d+",
     r"warmup_step: 1/1",
-    r"loop_warmup_step: 1/1",
+    r"layer_loop_warmup_step: 1/1",
     r"1/30 train_loss: \d\.\d{4} train_time: 0\.0m",
     r"5/30 train_loss: \d\.\d{4} train_time: 0\.\dm tok/s: \d+ tflops: \d\.\d{3}",
     r"layer_loop:enabled step:11 frac:0\.367 encoder:\[0, 1, 2, 3, 4, 5, 3, 4\] decoder:\[5, .*\]",
@@ -71,6 +74,7 @@ LINES = [
     r"Serialized model quantized\+brotli: \d+ bytes",
     r"Code size: \d+ bytes",
     r"Total submission size quantized\+brotli: \d+ bytes",
+    r"artifact opened: encoder:\[0, 1, 2, 3, 4, 5, 3, 4\] decoder:\[5, .*\]",
     rf"quantized val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
     rf"quantized_sliding_window val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
     rf"quantized_ttt val_loss:{NUMBER} val_bpb:{NUMBER} eval_time:\d+ms",
@@ -259,12 +263,12 @@ def break_tokenizer(folder):
 
 
 FAULTS = [
-    (break_magic, "no token shard"),
+    (break_magic, "not a token shard"),
     (break_size, "header promises 6,000 tokens, file holds 5,000"),
     (break_train_ids, "token id 5000, expected ids below VOCAB_SIZE=384"),
     (break_val_ids, "token id 5000, expected ids below VOCAB_SIZE=384"),
     (break_missing, "no fineweb_train_*.bin there"),
-    (break_tokenizer, "no SentencePiece model"),
+    (break_tokenizer, "not a SentencePiece model"),
 ]
 
 
@@ -371,16 +375,18 @@ def test_a_finished_run_is_skipped_and_never_overwritten(finished):
     done = start({**env, "SEED": "2"})
     assert done.returncode == 2
     assert "RUN_ID=first: " in done.stderr
-    assert "is a finished run of other settings or code; choose another RUN_ID" in done.stderr
+    assert "is a run of other settings or code; choose another RUN_ID" in done.stderr
     assert outputs(env, "first")[2] == blob
 
 
 def test_a_run_that_still_runs_is_left_alone(tiny_env, tiny_cfg):
-    with t.Log(tiny_env["LOG_DIR"], "busy"):
-        done = start({**tiny_env, "RUN_ID": "busy"})
-        assert done.returncode == 2
-        assert "busy.txt is being written; choose another RUN_ID" in done.stderr
-    assert t.earlier_run(tiny_cfg, "busy") == "", "over now, and unfinished"
+    folder = t.RunFolder(tiny_env["LOG_DIR"], "busy")
+    log = t.Log(folder)
+    done = start({**tiny_env, "RUN_ID": "busy"})
+    assert done.returncode == 2
+    assert "busy.txt is being written; choose another RUN_ID" in done.stderr
+    log.close()
+    assert folder.finished(tiny_cfg) == "", "over now, and unfinished"
     (left,) = Path(tiny_env["LOG_DIR"]).iterdir()
     assert re.fullmatch(r"busy\.unfinished\d+\.txt", left.name)
 

@@ -21,7 +21,7 @@ def test_the_program_alone_learns_the_sample_in_minutes_and_beats_xz_and_brotli(
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("smoke: small run on the embedded sample")
+    assert lines[0].startswith("smoke: small run on the sample")
     assert lines[-1].startswith("result val_bpb=")
     record = json.loads((tmp_path / "sample.json").read_text())
     assert record["data"]["data_verified"] is True
