@@ -2526,7 +2526,8 @@ def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
 
 def muon_momentum(step: int, cfg: Config) -> float:
     """Muon's momentum: a line over the first steps, then constant."""
-    done = min(step / max(cfg.muon_momentum_warmup_steps, 1e-9), 1.0)
+    steps = cfg.muon_momentum_warmup_steps
+    done = min(step / steps, 1.0) if steps else 1.0
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
