@@ -3488,7 +3488,7 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise ArtifactError(f"{origin}: {found}; use the program that wrote it") from error
 
 
-FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends within this fraction of the limit
+FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends once this fraction of the limit is unused
 TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer scales gain
 PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
 
@@ -3555,7 +3555,7 @@ class Fit:
         tightest = TIGHTEST_SIGMAS / min(cfg.matrix_clip_sigmas, cfg.embed_clip_sigmas)
         floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
         slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
-        for _ in range(FIT_ATTEMPTS):
+        for attempt in range(FIT_ATTEMPTS):
             tensors = self.quantized(2**exponent)
             blob = self.packed(tensors)
             excess, ranges = len(blob) - self.limit, f"ranges x {2**exponent:.4f}"
@@ -3572,7 +3572,8 @@ class Fit:
                 (right, below), (left, above) = fits, over
                 exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
             else:
-                exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
+                # Farther each time: where a bit of the ranges saves less, no number of steps would do.
+                exponent = max(exponent + min(8 * aim / codes * (1 + attempt / 2), 1.0), floor)
         return best or (blob, tensors)
 
     def by_pruning(self) -> tuple[bytes, Quantized]:
@@ -3598,8 +3599,9 @@ def fit_artifact(model: GPT, hessians: Hessians, header: Mapping[str, Any], rt: 
     """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
 
     FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
-    TIGHTEST_SIGMAS; no more than FIT_SLACK of the limit stays unused. wider: the same, but no range
-    gets tighter than it is set. prune: ranges as they are set; codes of +-1 become 0 if need be.
+    TIGHTEST_SIGMAS; FIT_SLACK of the limit may stay unused, a little more in a small model, whose
+    size does not fall evenly. wider: the same, but no range gets tighter than it is set. prune:
+    ranges as they are set; codes of +-1 become 0 if need be.
     Raises: ArtifactError if it cannot be made to fit.
     """
     fit = Fit(model, hessians, header, rt)
