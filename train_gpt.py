@@ -3572,7 +3572,7 @@ class Fit:
                 (right, below), (left, above) = fits, over
                 exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
             else:
-                # Farther each time: where a bit of the ranges saves less, no number of steps would do.
+                # Farther each time: where a bit saves less than that, no number of steps would do.
                 exponent = max(exponent + min(8 * aim / codes * (1 + attempt / 2), 1.0), floor)
         return best or (blob, tensors)
 
