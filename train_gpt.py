@@ -147,10 +147,10 @@ class Config:
     # Model
     vocab_size: int = knob(8192, "tokens in the vocabulary", low=8, high=65536, model=True)
     num_layers: int = knob(11, "physical layers", low=1, high=256, model=True)
-    model_dim: int = knob(512, "width of the residual stream", low=8, model=True)
+    model_dim: int = knob(512, "width of the residual stream", low=8, high=1 << 16, model=True)
     num_heads: int = knob(8, "query heads", low=1, model=True)
     num_kv_heads: int = knob(4, "key and value heads; divides NUM_HEADS", low=1, model=True)
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", low=0.25, model=True)
+    mlp_mult: float = knob(4.0, "width of the MLP over MODEL_DIM", low=0.25, high=256.0, model=True)
     leaky_relu_slope: float = knob(0.5, "of the MLP; 0: ReLU squared", low=0.0, model=True)
     xsa_last_n: int = knob(11, "number of final layers that use XSA", low=0, model=True)
     parallel_residual_start: int = knob(7, "first parallel layer", low=0, model=True)
@@ -160,13 +160,13 @@ class Config:
     skip_gates_enabled: bool = knob(True, "skips are mixed in by a gate, else added", model=True)
     max_skips: int = knob(256, "maximum number of skip connections", low=0, model=True)
     smear_gate_enabled: bool = knob(False, "mix each input with the previous one", model=True)
-    bigram_vocab_size: int = knob(0, "buckets of the bigram hash, 0: none", low=0, model=True)
-    bigram_dim: int = knob(128, "width of the bigram table", low=1, model=True)
-    ve_dim: int = knob(0, "width of the value embedding, 0: none", low=0, model=True)
+    bigram_vocab_size: int = knob(0, "bigram buckets, 0: none", low=0, high=1 << 24, model=True)
+    bigram_dim: int = knob(128, "width of the bigram table", low=1, high=1 << 16, model=True)
+    ve_dim: int = knob(0, "value embedding's width, 0: none", low=0, high=1 << 16, model=True)
     ve_layers: str = knob("9,10", "layers with the value embedding", model=True)
     loop_start: int = knob(3, "first layer of the loop", low=0, model=True)
     loop_end: int = knob(5, "last layer of the loop", low=0, model=True)
-    num_loops: int = knob(2, "extra visits of the looped layers, 0: no loop", low=0, model=True)
+    num_loops: int = knob(2, "extra visits of the loop, 0: none", low=0, high=256, model=True)
     rope_base: float = knob(10000.0, "base of the rotary frequencies", low=1.0, model=True)
     rope_dims: int = knob(16, "rotated dimensions of a head; even", low=2, model=True)
     rope_train_seq_len: int = knob(2048, "longest text without NTK rescale", low=1, model=True)
@@ -2526,7 +2526,8 @@ def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
 
 def muon_momentum(step: int, cfg: Config) -> float:
     """Muon's momentum: a line over the first steps, then constant."""
-    done = min(step / max(cfg.muon_momentum_warmup_steps, 1e-9), 1.0)
+    steps = cfg.muon_momentum_warmup_steps
+    done = min(step / steps, 1.0) if steps else 1.0
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
@@ -2830,12 +2831,8 @@ class StepLog:
         }
         pairs = (f"{key}:{value}" for key, value in medians.items())
         self.rt.log.line(" ".join(["step_ms", *pairs]))
-        self.rt.log.put(
-            curve=self.curve,
-            step_ms=medians,
-            compilations_after_start=compiled,
-            time_to_first_step_seconds=round(self.waited, 3),
-        )
+        facts = dict(curve=self.curve, step_ms=medians, compilations_after_start=compiled)
+        self.rt.log.put(**facts, time_to_first_step_seconds=round(self.waited, 3))
 
 
 def train(model: GPT, loader: Loader, validate: Callable, cfg: Config, rt: Runtime) -> Trained:
@@ -3089,8 +3086,7 @@ def collect_hessians(
     with contextlib.closing(batches):
         for done in range(total):
             if done and pace.late(batch=1):
-                said = f"after {done} of {total} batches"
-                rt.log.line(f"GPTQ:calibration stopped by the budget {said}")
+                rt.log.line(f"GPTQ:calibration stopped by the budget after {done}/{total} batches")
                 break
             with pace.piece("batch"):
                 for micro in next(batches).split(most):
@@ -3233,7 +3229,7 @@ def prune_ones(tensors: Quantized, bits: int, count: int) -> int:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
 FRAME = struct.Struct("<4sBII")  # magic, version, bytes of the header, CRC-32 of all but itself
-LARGEST_RAW_BYTES = 1 << 30
+LARGEST_RAW_BYTES, TENSOR_BYTES = 1 << 30, 1 << 14  # of all tensors; for each, beside its values
 KINDS = {f"int{bits}": Codes for bits in range(2, 9)} | dict.fromkeys(FLOAT_TYPES, Floats)
 DAMAGED = "it is damaged or cut off; copy it again"
 COMPRESSORS = {
@@ -3273,19 +3269,22 @@ def decompress(data: bytes, compressor: str, raw_bytes: int) -> bytes:
 
     Raises: ArtifactError if the data is not such a stream of `raw_bytes` bytes.
     """
-    module, raw = codec(compressor), data
+    module, raw, whole = codec(compressor), data, True
     try:
         if compressor == "brotli":
             raw = module.Decompressor().process(data, output_buffer_limit=raw_bytes + 1)
         elif compressor == "zstd":
-            raw = module.ZstdDecompressor().decompress(data, max_output_size=raw_bytes)
+            # The package would allocate a size that the stream declares, whatever the limit.
+            whole = module.frame_content_size(data) == -1
+            limits = dict(max_output_size=raw_bytes, allow_extra_data=False)
+            raw = module.ZstdDecompressor().decompress(data, **limits) if whole else b""
         elif compressor == "lzma":
             reader = module.LZMADecompressor(module.FORMAT_RAW, filters=LZMA_FILTERS)
-            raw = reader.decompress(data, raw_bytes)
+            raw = reader.decompress(data, raw_bytes + 1)
+            whole = reader.eof and not reader.unused_data
     except getattr(module, COMPRESSORS[compressor][1]) as error:
-        found = f"{compressor} cannot read it ({error})"
-        raise ArtifactError(f"artifact: {found}; {DAMAGED}") from error
-    if len(raw) != raw_bytes:
+        raise ArtifactError(f"artifact: not {compressor} data ({error}); {DAMAGED}") from error
+    if not whole or len(raw) != raw_bytes:
         raise ArtifactError(f"artifact: {len(raw):,} raw bytes, expected {raw_bytes:,}; {DAMAGED}")
     return raw
 
@@ -3336,11 +3335,15 @@ def pack(tensors: Quantized, header: Mapping[str, Any], compressor: str) -> byte
         for label, values in tensors[name].streams().items():
             streams[label].append(values)
     raw = b"".join(planes(np.concatenate(streams[s])) for s in STREAMS if s in streams)
-    facts = {**header, "compressor": compressor, "tensors": folded}
-    text = json.dumps(facts, sort_keys=False, separators=(",", ":")).encode()
+    text = header_text({**header, "compressor": compressor, "tensors": folded})
     rest = text + compress(raw, compressor)
     frame = FRAME.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), 0)
     return FRAME.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), zlib.crc32(frame + rest)) + rest
+
+
+def header_text(header: Mapping[str, Any]) -> bytes:
+    """The only form in which a header may stand in an artifact."""
+    return json.dumps(header, separators=(",", ":")).encode()
 
 
 def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
@@ -3358,29 +3361,37 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     rest = blob[FRAME.size :]
     if zlib.crc32(FRAME.pack(magic, version, text_bytes, 0) + rest) != crc:
         raise ArtifactError(f"artifact: the checksum does not match, {DAMAGED}")
+    text, payload = rest[:text_bytes], rest[text_bytes:]
     try:
-        return dict(json.loads(rest[:text_bytes])), rest[text_bytes:]
-    except (ValueError, TypeError) as error:
+        header = dict(json.loads(text))
+        if header_text(header) != text:  # a name that stands twice, for instance
+            raise ValueError("in another form than it is written")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"artifact: its header is not JSON ({error}); {DAMAGED}") from error
+    return header, payload
 
 
 def tensor_layouts(header: Mapping[str, Any]) -> dict[str, tuple[str, list, dict]]:
     """Kind, shape and streams of each tensor that a header names, in stored order.
 
-    Raises: ArtifactError unless all are well formed and within LARGEST_RAW_BYTES together.
+    Raises: ArtifactError unless all are well formed, named once and within LARGEST_RAW_BYTES
+    together; a tensor counts for its values and TENSOR_BYTES.
     """
-    found, total = {}, 0
+    found, names, total = {}, 0, 0
     try:
         for pattern, (kind, shape, *count) in header["tensors"].items():
             sizes = [*shape, *count]
-            if not all(type(size) is int and 0 <= size <= LARGEST_RAW_BYTES for size in sizes):
+            short = type(shape) is list and len(shape) <= 8 and len(count) <= 1
+            if not short or not all(type(n) is int and 0 <= n <= LARGEST_RAW_BYTES for n in sizes):
                 raise ValueError(f"tensor {pattern}: {kind} of shape {shape} {count}")
             layout = KINDS[kind].layout(kind, shape)
-            each = sum(np.dtype(STREAMS[label]).itemsize * n for label, n in layout.items())
-            total += max(each, 1) * math.prod(count)
+            each = TENSOR_BYTES + sum(np.dtype(STREAMS[s]).itemsize * n for s, n in layout.items())
+            names, total = names + math.prod(count), total + math.prod(count) * each
             if total > LARGEST_RAW_BYTES:
                 raise ValueError(f"more than {LARGEST_RAW_BYTES:,} raw bytes")
             found |= dict.fromkeys(unfold({pattern: [kind, shape, *count]}), (kind, shape, layout))
+        if len(found) != names:
+            raise ValueError(f"{names} tensors, {len(found)} names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"artifact: its header does not describe tensors ({error})") from error
     return found
@@ -3393,7 +3404,7 @@ def read_tensors(header: Mapping[str, Any], payload: bytes) -> Quantized:
     and all values are finite.
     """
     tensors, compressor = tensor_layouts(header), header.get("compressor")
-    if compressor not in COMPRESSORS:
+    if str(compressor) not in COMPRESSORS:
         raise ArtifactError(f"artifact: compressor {compressor!r} is not known here")
     counts = {
         label: {name: layout[label] for name, (_, _, layout) in tensors.items() if label in layout}
@@ -3472,12 +3483,12 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if set(settings) != set(ours) or type(header["looped"]) is not bool:
             raise ValueError("other settings than this program's")
         return {name: parse_value(ours[name], str(value)) for name, value in settings.items()}
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         found = f"its header does not describe a model of this program ({error})"
         raise ArtifactError(f"{origin}: {found}; use the program that wrote it") from error
 
 
-FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends within this fraction of the limit
+FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends once this fraction of the limit is unused
 TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer scales gain
 PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
 
@@ -3544,7 +3555,7 @@ class Fit:
         tightest = TIGHTEST_SIGMAS / min(cfg.matrix_clip_sigmas, cfg.embed_clip_sigmas)
         floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
         slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
-        for _ in range(FIT_ATTEMPTS):
+        for attempt in range(FIT_ATTEMPTS):
             tensors = self.quantized(2**exponent)
             blob = self.packed(tensors)
             excess, ranges = len(blob) - self.limit, f"ranges x {2**exponent:.4f}"
@@ -3561,7 +3572,8 @@ class Fit:
                 (right, below), (left, above) = fits, over
                 exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
             else:
-                exponent = max(exponent + min(8 * aim / codes, 1.0), floor)
+                # Farther each time: where a bit saves less than that, no number of steps would do.
+                exponent = max(exponent + min(8 * aim / codes * (1 + attempt / 2), 1.0), floor)
         return best or (blob, tensors)
 
     def by_pruning(self) -> tuple[bytes, Quantized]:
@@ -3587,8 +3599,9 @@ def fit_artifact(model: GPT, hessians: Hessians, header: Mapping[str, Any], rt: 
     """Quantize and pack so that code and artifact fit ARTIFACT_LIMIT_BYTES.
 
     FIT_RULE tightest: search the common factor of all ranges for the smallest that fits, down to
-    TIGHTEST_SIGMAS; no more than FIT_SLACK of the limit stays unused. wider: the same, but no range
-    gets tighter than it is set. prune: ranges as they are set; codes of +-1 become 0 if need be.
+    TIGHTEST_SIGMAS; FIT_SLACK of the limit may stay unused, a little more in a small model, whose
+    size does not fall evenly. wider: the same, but no range gets tighter than it is set. prune:
+    ranges as they are set; codes of +-1 become 0 if need be.
     Raises: ArtifactError if it cannot be made to fit.
     """
     fit = Fit(model, hessians, header, rt)
@@ -3610,16 +3623,12 @@ def log_storage(tensors: Quantized, rt: Runtime) -> None:
         names = [name for _, name in same]
         count = sum(len(groups[kind, name]) for name in names)
         rt.log.line(f"  {kind}: {count} tensors: {', '.join(names)}")
-    facts = [
-        dict(
-            group=name,
-            kind=kind,
-            tensors=len(stored),
-            parameters=sum(math.prod(t.shape) for t in stored),
-            entropy_bytes=round(sum(t.entropy_bits() for t in stored) / 8),
-        )
-        for (kind, name), stored in groups.items()
-    ]
+    facts = []
+    for (kind, name), stored in groups.items():
+        parameters = sum(math.prod(t.shape) for t in stored)
+        entropy_bytes = round(sum(t.entropy_bits() for t in stored) / 8)
+        sizes = dict(tensors=len(stored), parameters=parameters, entropy_bytes=entropy_bytes)
+        facts.append(dict(group=name, kind=kind, **sizes))
     rt.log.put(storage=facts)
 
 

@@ -1,7 +1,8 @@
-"""Section 5: one table claims every tensor; Muon and AdamW do what their papers say."""
+"""Section 7: Muon and AdamW do what their papers say; gradients add up to those of one batch."""
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -108,15 +109,15 @@ def random_problem(steps=4):
     return weights, grads
 
 
-def run_muon(rt, row_normalize, dtype=torch.float32):
+def muon_config(**changes):
+    return Config(**(dict(matrix_lr=0.05, muon_momentum=0.9, muon_wd=0.0) | changes))
+
+
+def run_muon(rt, row_normalize):
     """The weights after some steps, and how many matrices this rank keeps momentum for."""
-    rt.compute_dtype = dtype
     weights, grads = random_problem()
     params = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = Muon(
-        params, rt, lr=0.05, momentum=0.9, weight_decay=0.3, backend_steps=5,
-        row_normalize=row_normalize,
-    )  # fmt: skip
+    muon = Muon(params, rt, muon_config(muon_wd=0.3, muon_row_normalize=row_normalize))
     for step in grads:
         for parameter, grad in zip(params, step, strict=True):
             parameter.grad = grad / rt.world_size
@@ -151,9 +152,7 @@ def test_row_normalisation_makes_a_difference(rt):
 def test_a_row_without_gradient_is_only_decayed(rt):
     weight = torch.nn.Parameter(matrices(1, 4, 6)[0])
     before = weight.detach().clone()
-    muon = Muon(
-        [weight], rt, lr=0.1, momentum=0.9, weight_decay=0.5, backend_steps=5, row_normalize=True
-    )
+    muon = Muon([weight], rt, muon_config(matrix_lr=0.1, muon_wd=0.5))
     weight.grad = matrices(1, 4, 6, seed=1)[0]
     weight.grad[2] = 0
     muon.step()
@@ -165,10 +164,8 @@ def test_the_matrices_of_the_model_get_the_scale_of_their_shape(rt):
     """System #1493: sqrt(max(1, rows / cols)) is 2 for the up projection, 1 for the others."""
     for (rows, cols), scale in {(32, 8): 2, (8, 8): 1, (4, 8): 1, (8, 32): 1}.items():
         weight = torch.nn.Parameter(torch.zeros(rows, cols))
-        muon = Muon(
-            [weight], rt, lr=1.0, momentum=0.0, weight_decay=0.0, backend_steps=5,
-            row_normalize=False,
-        )  # fmt: skip
+        changes = dict(matrix_lr=1.0, muon_momentum=0.0, muon_row_normalize=False)
+        muon = Muon([weight], rt, muon_config(**changes))
         weight.grad = matrices(1, rows, cols)[0]
         muon.step()
         values = torch.linalg.svdvals(weight.detach()) / scale
@@ -194,9 +191,7 @@ def test_all_updates_leave_before_any_is_waited_for_and_the_largest_leave_first(
     params = [torch.nn.Parameter(w) for w in weights]
     for parameter, grad in zip(params, grads[0], strict=True):
         parameter.grad = grad
-    events, muon = [], Muon(
-        params, rt, lr=0.1, momentum=0.9, weight_decay=0.0, backend_steps=1, row_normalize=False
-    )  # fmt: skip
+    events, muon = [], Muon(params, rt, muon_config())
 
     def started(update):
         events.append(f"update leaves {tuple(update[0].shape)}")
@@ -255,7 +250,7 @@ def test_every_group_gets_the_rate_decay_and_betas_of_its_settings(tiny_cfg, rt)
         assert (group["lr"], group["weight_decay"]) == (lr, decay)
     muon = optimizers["matrix"]
     assert muon.param_groups[0]["momentum"] == 0.8
-    assert (muon.backend_steps, muon.row_normalize) == (3, False)
+    assert (muon.cfg.muon_backend_steps, muon.cfg.muon_row_normalize) == (3, False)
     for name in ("embedding", "scalar"):
         (group,) = optimizers[name].param_groups
         assert isinstance(optimizers[name], torch.optim.AdamW)
@@ -264,7 +259,7 @@ def test_every_group_gets_the_rate_decay_and_betas_of_its_settings(tiny_cfg, rt)
 
 def test_the_groups_partition_the_parameters_by_their_kind(tiny_cfg):
     model = GPT(tiny_cfg)
-    groups = t.parameter_groups(model, tiny_cfg)
+    groups = t.parameter_groups(model)
     grouped = [id(p) for params in groups.values() for p in params]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert [id(p) for p in groups["embedding"]] == [id(model.head.weight)]
@@ -304,32 +299,36 @@ def test_vectors_and_the_embedding_take_the_steps_of_adamw(tiny_cfg, rt):
         torch.testing.assert_close(got, naive, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tensor_that_no_rule_claims_is_our_mistake_at_the_start(tiny_cfg, rt):
-    model = GPT(tiny_cfg)
-    model.mystery = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="tensor mystery is claimed by 0 rules"):
-        t.make_optimizers(model, tiny_cfg, rt)
+# --- gradients ---
 
 
-def test_a_tensor_that_two_rules_claim_is_our_mistake_at_the_start(tiny_cfg, rt, monkeypatch):
-    rules = (*t.tensor_rules(tiny_cfg), t.Rule(r"blocks\.2\..*", "scalar", "float16"))
-    monkeypatch.setattr(t, "tensor_rules", lambda cfg: rules)
-    with pytest.raises(AssertionError, match=r"tensor blocks\.2\.\S+ is claimed by 2 rules"):
-        t.make_optimizers(GPT(tiny_cfg), tiny_cfg, rt)
+@pytest.mark.parametrize("micro_rows", [1, 2, 5])
+def test_gradients_added_by_ranks_and_forwards_are_those_of_one_big_batch(tiny_cfg, micro_rows):
+    model, plan = GPT(tiny_cfg), t.depth_plan(tiny_cfg, looped=True)
+    model.init_weights(0)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # zero projections would hide what lies behind them
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    windows = torch.randint(tiny_cfg.vocab_size, (5, 17), generator=draw)
+    twin, forward = copy.deepcopy(model), functools.partial(model, plan=plan)
+    mean = twin(windows[:, :-1], windows[:, 1:], plan=plan)
+    mean.backward()
+    parts = [windows[:3], windows[3:], windows[5:]]  # the last rank has none
+    losses = [t.add_gradients(forward, part, micro_rows, 5) for part in parts]
+    assert not losses[0].requires_grad
+    assert losses[2] == 0
+    torch.testing.assert_close(sum(losses), mean.detach())
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
+        assert q.grad.any(), name
 
 
-def test_a_rule_claims_whole_names_only(tiny_cfg):
-    for name in ("head.weight2", "xhead.weight", "blocks.0.attn.q.weight.x", "blocks.x.attn_scale"):
-        with pytest.raises(AssertionError, match="claimed by 0 rules"):
-            t.rule_of(name, t.tensor_rules(tiny_cfg))
+def test_a_rank_without_windows_runs_no_forward():
+    def forward(*args):
+        raise AssertionError("there is nothing to run")
 
-
-def test_bits_and_clipping_of_a_rule_follow_the_settings():
-    cfg = Config(matrix_bits=5, matrix_clip_sigmas=9.0, embed_bits=7, embed_clip_sigmas=14.0)
-    rules = t.tensor_rules(cfg)
-    assert t.rule_of("blocks.7.mlp.up.weight", rules)[2:] == ("gptq", 5, 9.0, (), t.SMALLEST_SCALE)
-    assert t.rule_of("head.weight", rules)[2:] == ("gptq", 7, 14.0, (), t.SMALLEST_SCALE)
-    assert t.rule_of("skip_gates", rules)[2:] == ("float16", 0, 0.0, (), 0.0)
+    assert t.add_gradients(forward, torch.zeros(0, 9, dtype=torch.int64), 4, 7) == 0
 
 
 # --- schedules ---
