@@ -3488,7 +3488,7 @@ def model_settings(header: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise ArtifactError(f"{origin}: {found}; use the program that wrote it") from error
 
 
-FIT_ATTEMPTS, FIT_SLACK = 8, 0.0002  # a search ends once this fraction of the limit is unused
+FIT_ATTEMPTS, FIT_SLACK = 20, 0.0002  # a search ends once this fraction of the limit is unused
 TIGHTEST_SIGMAS = 4.0  # narrower ranges clip more than finer scales gain
 PRUNED_CODE_BYTES = 0.25  # what a first guess saves for each code that becomes 0
 
@@ -3556,8 +3556,7 @@ class Fit:
         floor = min(math.log2(tightest), 0.0) if cfg.fit_rule == "tightest" else 0.0
         slack, best, fits, over = int(FIT_SLACK * cfg.artifact_limit_bytes), None, None, None
         for attempt in range(FIT_ATTEMPTS):
-            tensors = self.quantized(2**exponent)
-            blob = self.packed(tensors)
+            blob = self.packed(tensors := self.quantized(2**exponent))
             excess, ranges = len(blob) - self.limit, f"ranges x {2**exponent:.4f}"
             self.rt.log.line(f"artifact: {len(blob)} bytes with {ranges}, limit {self.limit}")
             if excess <= 0:
@@ -3570,7 +3569,8 @@ class Fit:
             aim = excess + slack / 2  # the middle of what is allowed
             if fits and over:
                 (right, below), (left, above) = fits, over
-                exponent = right + (left - right) * (-slack / 2 - below) / (above - below)
+                share = 0.5 if attempt % 2 else (-slack / 2 - below) / (above - below)
+                exponent = right + (left - right) * share
             else:
                 # Farther each time: where a bit saves less than that, no number of steps would do.
                 exponent = max(exponent + min(8 * aim / codes * (1 + attempt / 2), 1.0), floor)
@@ -3585,8 +3585,7 @@ class Fit:
         tensors, pruned, last, saving = self.quantized(1.0), 0, 0, PRUNED_CODE_BYTES
         for _ in range(FIT_ATTEMPTS):
             blob = self.packed(tensors)
-            excess = len(blob) - self.limit
-            if excess <= 0:
+            if (excess := len(blob) - self.limit) <= 0:
                 break
             saving = max((last - len(blob)) / pruned, 0.02) if pruned else saving
             wanted, last = int(excess / saving) + 8, len(blob)

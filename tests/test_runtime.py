@@ -624,6 +624,7 @@ def test_types_and_compilation_follow_the_settings_and_the_device(monkeypatch):
     assert Runtime(Config(compile="0", compute_dtype="float32"), {}).compiles is False
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_a_module_is_compiled_in_place_and_its_forward_stays_eager(monkeypatch):
     asked = []
 
@@ -632,7 +633,6 @@ def test_a_module_is_compiled_in_place_and_its_forward_stays_eager(monkeypatch):
         return lambda x: function(x) + 100
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     runtime = Runtime(Config(compile="1"), {})
     module = torch.nn.Identity()
     assert runtime.compile(module) is module

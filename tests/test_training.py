@@ -267,10 +267,10 @@ def train_compiled(cfg, rt, loader, monkeypatch, validate=lambda model, plan: No
     return before
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_a_run_may_need_more_graphs_than_torch_allows_by_default(rt, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     rt.compiles = True
     double, before = rt.compile(lambda x: x + x), rt.compilations()
     for length in range(1, 13):
