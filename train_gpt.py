@@ -126,7 +126,7 @@ class Config:
     run_id: str = knob("", "name of the run's files under LOG_DIR; empty: date, time and seed")
     seed: int = knob(1337, "seed of initial weights and data order", low=0, high=2**63 - 1)
     log_dir: str = knob("logs", "folder of the run's log, JSON and artifact")
-    smoke: str = knob("auto", "small run on the sample; auto: no GPU, path or size", choices=AUTO)
+    smoke: str = knob("auto", "small run on the sample; auto: no path, size or GPU", choices=AUTO)
     compile: str = knob("auto", "torch.compile; auto: on CUDA", choices=AUTO)
     compute_dtype: str = knob(
         "auto", "of activations; auto: bfloat16 on CUDA", choices=("auto", "bfloat16", "float32")
@@ -3572,7 +3572,7 @@ class Fit:
                 share = 0.5 if attempt % 2 else (-slack / 2 - below) / (above - below)
                 exponent = right + (left - right) * share
             else:
-                # Farther each time: where a bit saves less than that, no number of steps would do.
+                # Farther each time, as a bit may save less than an eighth of a byte per code.
                 exponent = max(exponent + min(8 * aim / codes * (1 + attempt / 2), 1.0), floor)
         return best or (blob, tensors)
 

@@ -612,7 +612,7 @@ def test_where_the_size_falls_evenly_a_search_leaves_no_more_than_its_slack(part
 @pytest.mark.parametrize(("compressor", "reached"), [("brotli", 0.002), ("zstd", 0.01)])
 def test_a_search_over_a_small_model_ends_near_the_limit_and_never_over_it(rt, compressor, reached):
     # 660,312 weights: from one range to the next the size jumps by more than the slack of 0.0002,
-    # so that eight attempts end farther from the limit; the worst seen are 0.0014 and 0.0055.
+    # so that the attempts end farther from the limit; the worst seen are 0.0014 and 0.0055.
     sizes = dict(num_layers=6, model_dim=96, num_heads=4, num_kv_heads=2, vocab_size=512)
     sizes |= dict(num_loops=0, rope_dims=8, xsa_last_n=2, parallel_residual_start=6)
     cfg = t.Config(**sizes, compressor=compressor)
